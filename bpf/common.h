@@ -1,0 +1,171 @@
+// What the probe families share: the record, the ring, the account, and which process and which file are ours.
+//
+// Compiled by BCC together with the three *.bpf.c files into one object. The LT_*, KIND_*, PROBE_*, PHASE_*, CAUSE_*,
+// OUTCOME_* and DETAIL_* names are generated from llmtraced/schema.py, the sizes from llmtraced/probes/loader.py.
+#include <uapi/linux/bpf_perf_event.h>
+#include <uapi/linux/ptrace.h>
+
+#define INLINE static __always_inline
+#define NONE (~0ULL)
+#define LOOP _Pragma("clang loop unroll(disable)") // unrolled, the verifier has more to read than it accepts
+
+// One ring record; schema.EVENT describes it. 56 bytes, 64 with the ring's header, so that a ring of a power of two
+// always holds whole records and user space views it as one array.
+struct event {
+    u64 ts;
+    u32 token;
+    u32 tid;
+    u32 pid;
+    u8 kind;
+    u8 code;
+    u8 slot;
+    u8 mark; // phase in the low, epoch in the high four bits
+    u64 a;
+    u64 b;
+    u64 c;
+    u64 d;
+};
+BPF_RINGBUF_OUTPUT(ring, LT_RING_PAGES);
+
+// A traced process. The second half is written by user space through the same mapping; every field has one writer.
+struct slot {
+    u64 token;       // graph evaluations so far
+    u64 phase;       // Phase
+    u64 in_fault;    // threads that are in a page fault on the model
+    u64 stall_since; // when in_fault left 0
+    u64 stall_ns;    // time with at least one thread in such a fault
+    u64 eval_ns;     // time in graph evaluations
+    u64 graph_start;
+    u64 tokens[PHASE_COUNT]; // tokens evaluated, by phase
+    // written by user space
+    u64 window; // ranges of this process: first << 32 | count
+    u64 detail; // Detail
+    u64 layout; // 0: not known yet; else the offsets below hold
+    u64 graph_n_nodes, graph_nodes;
+    u64 tensor_op, tensor_ne, tensor_nb, tensor_src, tensor_data, tensor_name;
+    u64 op_mul_mat, op_mul_mat_id; // values of enum ggml_op in this build
+    u64 spare[5];
+};
+BPF_F_TABLE("array", u32, struct slot, slots, LT_SLOTS, BPF_F_MMAPABLE);
+BPF_HASH(targets, u32, u32, LT_SLOTS);        // process -> slot
+BPF_HASH(prefetchers, u32, u32, LT_SLOTS);    // process -> 1: what it brings in was prefetched
+
+// Mapped stretches of model files, sorted by address within a slot's window.
+struct model_range {
+    u64 start;
+    u64 end;
+    u64 offset; // in the file, of start
+    u64 file;
+};
+BPF_F_TABLE("array", u32, struct model_range, ranges, LT_RANGES, BPF_F_MMAPABLE);
+
+// Model files. Bounds are the sorted starts of extents: byte extents (tensors and what lies between) for faults,
+// page segments (runs of pages with the same tensors in them) for the page cache.
+struct file_id {
+    u64 ino;
+    u64 dev;
+};
+struct model_file {
+    u64 slot; // whose, where the acting process is not a target itself
+    u64 byte_base, byte_count;
+    u64 page_base, page_count;
+    u64 seen_base; // first word of the bitmap of pages that were added before
+    u64 pages;
+    u64 spare;
+};
+BPF_HASH(file_ids, struct file_id, u32, LT_FILES);
+BPF_F_TABLE("array", u32, struct model_file, files, LT_FILES, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, u64, bounds, LT_BOUNDS, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, u64, seen, LT_SEEN_WORDS, BPF_F_MMAPABLE);
+
+// Totals for an extent, read by a scrape straight from the mapping. Not per CPU: a fault or a page-cache add takes
+// microseconds, an uncontended atomic add nanoseconds, and per-CPU arrays cannot be mapped.
+struct counter {
+    u64 minor;
+    u64 major;
+    u64 fault_ns;
+    u64 added[CAUSE_COUNT]; // pages
+    u64 again;              // pages added that had been added before
+    u64 evicted;            // pages
+};
+BPF_F_TABLE("array", u32, struct counter, counters, LT_BOUNDS, BPF_F_MMAPABLE);
+
+// The account, per CPU, slot, epoch and probe. Atomic, since uprobe programs can be preempted.
+struct account {
+    u64 counted;
+    u64 dropped;
+};
+BPF_F_TABLE("array", u32, struct account, accounts, LT_ACCOUNTS, BPF_F_MMAPABLE);
+
+BPF_F_TABLE("array", u32, u64, config, 8, BPF_F_MMAPABLE);
+#define CONFIG_EPOCH 0    // the account's generation, set by user space
+#define CONFIG_UNPLACED 1 // pages of model files that are in no total (but in the stream)
+
+INLINE u32 current_epoch(void) {
+    u32 key = CONFIG_EPOCH;
+    u64 *epoch = config.lookup(&key);
+    return epoch ? *epoch & (LT_EPOCHS - 1) : 0;
+}
+
+INLINE struct account *account_of(u32 slot, u32 epoch, u32 probe) {
+    u32 key = ((bpf_get_smp_processor_id() * LT_SLOTS + slot) * LT_EPOCHS + epoch) * PROBE_COUNT + probe;
+    return accounts.lookup(&key);
+}
+
+INLINE void count(u32 slot, u32 epoch, u32 probe, u64 n) {
+    struct account *account = account_of(slot, epoch, probe);
+    if (account)
+        __sync_fetch_and_add(&account->counted, n);
+}
+
+// Reserve a record for n events that were counted before, or count them as dropped.
+INLINE struct event *reserve(u32 slot, u32 epoch, u32 probe, u64 n) {
+    struct event *event = ring.ringbuf_reserve(sizeof(struct event));
+    if (!event) {
+        struct account *account = account_of(slot, epoch, probe);
+        if (account)
+            __sync_fetch_and_add(&account->dropped, n);
+    }
+    return event;
+}
+
+BPF_PERCPU_ARRAY(sent, u64, 1);
+
+// Wake the reader only now and then; it looks by itself some times a second.
+INLINE void submit(struct event *event) {
+    u32 key = 0;
+    u64 *n = sent.lookup(&key);
+    bool wake = n && (__sync_fetch_and_add(n, 1) & (LT_WAKE_EVENTS - 1)) == LT_WAKE_EVENTS - 1;
+    ring.ringbuf_submit(event, wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
+}
+
+INLINE void stamp(struct event *event, u64 ts, struct slot *slot, u32 slot_no, u32 epoch, u8 kind, u8 code) {
+    u64 task = bpf_get_current_pid_tgid();
+    event->ts = ts;
+    event->token = slot->token;
+    event->tid = task;
+    event->pid = task >> 32;
+    event->kind = kind;
+    event->code = code;
+    event->slot = slot_no;
+    event->mark = (slot->phase & 15) | epoch << 4;
+}
+
+INLINE u32 *current_slot_no(void) {
+    u32 process = bpf_get_current_pid_tgid() >> 32;
+    return targets.lookup(&process);
+}
+
+// The last of bounds[base .. base+count) that is <= value; base if none is. One variable moves, by powers of two, so
+// that the verifier has few states to follow.
+INLINE u32 find_bound(u64 base, u64 count, u64 value) {
+    u32 at = base, end = base + count;
+#pragma unroll
+    for (int step = 1 << (LT_BOUND_STEPS - 1); step; step >>= 1) {
+        u32 next = at + step;
+        u64 *start = next < end ? bounds.lookup(&next) : 0;
+        if (start && *start <= value)
+            at = next;
+    }
+    return at;
+}

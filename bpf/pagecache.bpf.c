@@ -1,0 +1,271 @@
+// Pages of model files that come into and go out of the page cache, and reads through it, by whichever process.
+//
+// Adds and evictions of consecutive pages in one context become one record (a run): a readahead of 8 MB is 2,048
+// events but one record. Each CPU collects its own run; on_flush, run on each CPU before the ring is read, sends what
+// is collected. The account counts pages, so runs change nothing about what can be checked.
+
+#define RUN_GAP_NS 1000000 // a run ends when nothing was added for this long
+
+struct run {
+    u64 first; // page index
+    u64 pages; // 0: no run
+    u64 ts, last;
+    u32 token;
+    u32 tid, pid;
+    u32 file;
+    u8 code, slot, mark, busy;
+    u32 segment;       // where the last page was counted, and that segment's page indices
+    u64 segment_start; // (a cache of find_bound)
+    u64 segment_end;
+    u64 comm[2];
+    u64 index, left; // of the folio being totalled; here and not in registers, whose every value the verifier follows
+};
+BPF_PERCPU_ARRAY(runs, struct run, 2); // 0: adds, 1: evictions
+
+// The system call that the current thread is in, from its saved registers; -1: none (it faulted). Costs nothing until
+// a page of a model is added, which tracing system calls would not.
+INLINE s64 current_syscall(void) {
+    s64 number = -1;
+    u64 regs = (u64)bpf_task_pt_regs((void *)bpf_get_current_task_btf());
+    bpf_probe_read_kernel(&number, sizeof(number), (void *)(regs + LT_SYSCALL_OFFSET));
+    return number;
+}
+
+// Why this thread adds or removes pages [index, index + pages). A system call that asks for pages ahead of need counts
+// as readahead where the server itself makes it, and as a prefetcher where another process does.
+INLINE u8 find_cause(bool target, u64 index, u64 pages) {
+    u64 task = bpf_get_current_pid_tgid();
+    u32 thread = task, process = task >> 32;
+    if (target) {
+        struct in_flight *fault = in_flight.lookup(&thread);
+        if (fault && fault->active) {
+            u64 wanted = fault->offset >> LT_PAGE_SHIFT;
+            return index <= wanted && wanted < index + pages ? CAUSE_FAULT : CAUSE_READAHEAD;
+        }
+    } else if (prefetchers.lookup(&process)) {
+        return CAUSE_PREFETCHER;
+    }
+    switch (current_syscall()) {
+    case SYSCALL_read:
+    case SYSCALL_pread64:
+    case SYSCALL_readv:
+    case SYSCALL_preadv:
+    case SYSCALL_preadv2:
+    case SYSCALL_sendfile:
+    case SYSCALL_splice:
+    case SYSCALL_copy_file_range:
+        return CAUSE_READ;
+    case SYSCALL_io_uring_enter:
+        return target ? CAUSE_READ : CAUSE_PREFETCHER;
+    case SYSCALL_mmap:
+    case SYSCALL_mlock:
+    case SYSCALL_mlock2:
+    case SYSCALL_mlockall:
+    case SYSCALL_madvise:
+    case SYSCALL_process_madvise:
+    case SYSCALL_fadvise64:
+    case SYSCALL_readahead:
+        return target ? CAUSE_READAHEAD : CAUSE_PREFETCHER;
+    }
+    return CAUSE_OTHER;
+}
+
+INLINE void emit_run(struct run *run, u8 kind) {
+    u32 epoch = run->mark >> 4;
+    struct event *event = reserve(run->slot, epoch, PROBE_PAGECACHE, run->pages);
+    if (event) {
+        event->ts = run->ts;
+        event->token = run->token;
+        event->tid = run->tid;
+        event->pid = run->pid;
+        event->kind = kind;
+        event->code = run->code;
+        event->slot = run->slot;
+        event->mark = run->mark;
+        event->a = run->first | (u64)run->file << 48;
+        event->b = run->pages | (run->last - run->ts) / 1000 << 32;
+        event->c = run->comm[0];
+        event->d = run->comm[1];
+        submit(event);
+    }
+    run->pages = 0;
+}
+
+INLINE u64 bits_set(u64 x) {
+    x -= x >> 1 & 0x5555555555555555ULL;
+    x = (x & 0x3333333333333333ULL) + (x >> 2 & 0x3333333333333333ULL);
+    x = (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fULL;
+    return x * 0x0101010101010101ULL >> 56;
+}
+
+INLINE void enter_segment(struct run *run, struct model_file *file, u32 segment) {
+    u32 next = segment + 1;
+    u64 *start = bounds.lookup(&segment), *end = bounds.lookup(&next);
+    run->segment = segment;
+    run->segment_start = start ? *start : 0;
+    run->segment_end = next < file->page_base + file->page_count && end ? *end : NONE;
+}
+
+// Add a folio's pages to the totals of the segments that it lies in, in chunks that stay within one segment and one
+// word of the bitmap (an order-0 folio is one chunk).
+INLINE void total(struct run *run, struct model_file *file, u8 kind) {
+    if (run->index < run->segment_start || run->index >= run->segment_end)
+        enter_segment(run, file, find_bound(file->page_base, file->page_count, run->index));
+    LOOP for (int i = 0; i < LT_FOLIO_CHUNKS; i++) {
+        if (!run->left)
+            break;
+        if (run->index >= run->segment_end)
+            enter_segment(run, file, run->segment + 1);
+        u64 index = run->index, chunk = 64 - (index & 63);
+        if (chunk > run->left)
+            chunk = run->left;
+        if (chunk > run->segment_end - index)
+            chunk = run->segment_end - index;
+        run->index = index + chunk;
+        run->left -= chunk;
+        u32 segment = run->segment;
+        struct counter *counter = counters.lookup(&segment);
+        if (!counter)
+            continue;
+        if (kind == KIND_EVICT) {
+            __sync_fetch_and_add(&counter->evicted, chunk);
+            continue;
+        }
+        u8 cause = run->code;
+        if (cause < CAUSE_COUNT)
+            __sync_fetch_and_add(&counter->added[cause], chunk);
+        u32 word = file->seen_base + (index >> 6);
+        u64 mask = (chunk == 64 ? NONE : (1ULL << chunk) - 1) << (index & 63);
+        u64 *bits = index < file->pages ? seen.lookup(&word) : 0;
+        u64 again = bits ? __sync_fetch_and_or(bits, mask) & mask : 0;
+        if (again)
+            __sync_fetch_and_add(&counter->again, bits_set(again));
+    }
+    u32 key = CONFIG_UNPLACED;
+    u64 *unplaced = config.lookup(&key);
+    if (run->left && unplaced) // a folio with more tensors in it than one program may loop over
+        __sync_fetch_and_add(unplaced, run->left);
+}
+
+INLINE struct model_file *find_file(u64 dev, u64 ino, u32 *number) {
+    struct file_id id = {.ino = ino, .dev = dev};
+    u32 *found = file_ids.lookup(&id);
+    if (!found)
+        return 0;
+    *number = *found;
+    return files.lookup(number);
+}
+
+INLINE int page_cache_changes(u64 dev, u64 ino, u64 index, u32 order, u8 kind) {
+    u32 file_no = 0;
+    struct model_file *file = find_file(dev, ino, &file_no);
+    if (!file)
+        return 0;
+    u32 *target = current_slot_no();
+    u32 slot_no = target ? *target : file->slot, which = kind == KIND_ADD ? 0 : 1;
+    struct slot *slot = slots.lookup(&slot_no);
+    struct run *run = runs.lookup(&which);
+    if (!slot || !run)
+        return 0;
+    run->busy = 1; // on_flush may come by interrupt
+    u64 pages = 1ULL << (order & 31), now = bpf_ktime_get_ns(), task = bpf_get_current_pid_tgid();
+    u32 epoch = current_epoch();
+    u8 cause = find_cause(target != 0, index, pages), mark = (slot->phase & 15) | epoch << 4;
+    count(slot_no, epoch, PROBE_PAGECACHE, pages);
+    if (run->pages &&
+        (run->first + run->pages != index || run->file != file_no || run->tid != (u32)task || run->code != cause ||
+         run->mark != mark || run->slot != slot_no || run->token != (u32)slot->token || now - run->last > RUN_GAP_NS))
+        emit_run(run, kind);
+    if (!run->pages) {
+        if (run->file != file_no)
+            run->segment_start = run->segment_end = 0;
+        run->first = index;
+        run->ts = now;
+        run->token = slot->token;
+        run->tid = task;
+        run->pid = task >> 32;
+        run->file = file_no;
+        run->code = cause;
+        run->slot = slot_no;
+        run->mark = mark;
+        bpf_get_current_comm(&run->comm, sizeof(run->comm));
+    }
+    run->pages += pages;
+    run->last = now;
+    run->index = index;
+    run->left = pages;
+    total(run, file, kind);
+    run->busy = 0;
+    return 0;
+}
+
+int on_add(struct tracepoint__filemap__mm_filemap_add_to_page_cache *args) {
+    return page_cache_changes(args->s_dev, args->i_ino, args->index, LT_ADD_ORDER, KIND_ADD);
+}
+
+int on_evict(struct tracepoint__filemap__mm_filemap_delete_from_page_cache *args) {
+    return page_cache_changes(args->s_dev, args->i_ino, args->index, LT_EVICT_ORDER, KIND_EVICT);
+}
+
+// Run on one CPU by user space. Returns how many runs were busy, to be asked for again.
+int on_flush(struct bpf_raw_tracepoint_args *ctx) {
+    int busy = 0;
+    u32 add = 0, evict = 1;
+    struct run *run = runs.lookup(&add);
+    if (run && run->busy)
+        busy++;
+    else if (run && run->pages)
+        emit_run(run, KIND_ADD);
+    run = runs.lookup(&evict);
+    if (run && run->busy)
+        busy++;
+    else if (run && run->pages)
+        emit_run(run, KIND_EVICT);
+    return busy;
+}
+
+#ifdef LT_HAVE_GET_PAGES
+// A buffered read asks for pages [index, last] in several rounds, each beginning further on: one record for each read.
+struct reading {
+    u64 index;
+    u64 last;
+    u64 file;
+};
+BPF_HASH(reading, u32, struct reading, LT_THREADS);
+
+int on_read(struct tracepoint__filemap__mm_filemap_get_pages *args) {
+    u32 file_no = 0;
+    struct model_file *file = find_file(args->s_dev, args->i_ino, &file_no);
+    if (!file)
+        return 0;
+    u64 task = bpf_get_current_pid_tgid();
+    u32 thread = task;
+    struct reading now = {.index = args->index, .last = args->last_index, .file = file_no};
+    struct reading *before = reading.lookup(&thread);
+    bool same = before && before->file == now.file && before->last == now.last && before->index < now.index;
+    if (before)
+        *before = now;
+    else
+        reading.update(&thread, &now);
+    if (same)
+        return 0;
+    u32 *target = current_slot_no();
+    u32 slot_no = target ? *target : file->slot, epoch = current_epoch();
+    struct slot *slot = slots.lookup(&slot_no);
+    if (!slot)
+        return 0;
+    count(slot_no, epoch, PROBE_READS, 1);
+    struct event *event = reserve(slot_no, epoch, PROBE_READS, 1);
+    if (!event)
+        return 0;
+    stamp(event, bpf_ktime_get_ns(), slot, slot_no, epoch, KIND_READ, CAUSE_READ);
+    u64 comm[2] = {};
+    bpf_get_current_comm(&comm, sizeof(comm));
+    event->a = now.index | (u64)file_no << 48;
+    event->b = now.last - now.index + 1;
+    event->c = comm[0];
+    event->d = comm[1];
+    submit(event);
+    return 0;
+}
+#endif

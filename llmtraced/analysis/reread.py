@@ -1,0 +1,157 @@
+"""How often was the model read: bytes read, bytes read again, per tensor.
+
+The truth is what entered the page cache (rows of ``pagecache`` with action ``add``), not page faults: with a large
+readahead a dozen major faults hide a gigabyte of reads.
+"""
+
+from __future__ import annotations
+
+from typing import Final, TypedDict, cast
+
+import polars as pl
+
+from llmtraced.analysis.trace import Trace, collect, verdict
+
+__all__ = ["Reread", "TensorReads", "fresh_bytes", "reread"]
+
+_TENSOR: Final = ("model", "tensor_name")
+_RANGE: Final = ("model", "shard", "tensor_name", "offset_bytes", "bytes")
+_COUNTS: Final = (
+    "bytes_read",
+    "unique_bytes",
+    "reread_bytes",
+    "read_count",
+    "evicted_bytes",
+    "access_count",
+    "major_faults",
+    "minor_faults",
+    "stall_ns",
+)
+
+
+class TensorReads(TypedDict):
+    """One tensor; all counts are of the phase asked for.
+
+    ``size_bytes``, ``layer``, ``component`` and ``backed`` come from the tensor map and are None for a name that the
+    map does not hold. ``backed`` is False for weights that the server copied out of the file: never read, but used.
+    """
+
+    model: str | None
+    tensor_name: str
+    layer: int | None
+    component: str | None
+    size_bytes: int | None
+    backed: bool | None
+    bytes_read: int  # sum of all its adds
+    unique_bytes: int  # size of the union of its added ranges
+    reread_bytes: int  # bytes_read - unique_bytes
+    read_count: int  # add rows: pieces that came in
+    evicted_bytes: int
+    access_count: int  # fault rows + op rows
+    major_faults: int
+    minor_faults: int
+    stall_ns: int  # sum of its faults' latencies over all threads
+
+
+class Reread(TypedDict):
+    """The report; every total is the sum over ``tensors`` plus the ``other_`` figure beside it."""
+
+    session: str
+    models: list[str]
+    phase: str | None
+    total_bytes_read: int
+    unique_bytes: int
+    reread_bytes: int
+    amplification: float | None  # total / unique; None when nothing was read
+    other_bytes_read: int  # header and padding
+    other_reread_bytes: int
+    tensors: list[TensorReads]  # most bytes read first
+    account: dict[str, dict[str, int]]
+    verdict: str
+    notes: list[str]
+
+
+def fresh_bytes(ranges: pl.LazyFrame) -> pl.LazyFrame:
+    """Add ``fresh``: the bytes of each range that no earlier range in the same tensor covers (earlier by offset).
+
+    Args:
+        ranges: columns ``model, shard, tensor_name, offset_bytes, bytes``, in any order, overlaps welcome. The sum of
+            ``fresh`` over a tensor is the size of the union of its ranges.
+    """
+    start, end = pl.col("offset_bytes"), pl.col("offset_bytes") + pl.col("bytes")
+    reached = end.cum_max().shift(1).over("model", "shard", "tensor_name")
+    return ranges.sort("offset_bytes").with_columns(fresh=(end - pl.max_horizontal(start, reached)).clip(lower_bound=0))
+
+
+def reread(trace: Trace, phase: str | None = None) -> Reread:
+    """Return how much of each tensor was read, and read again, in ``phase`` (default: all of the trace).
+
+    What is unique is unique within the phase: a byte read once while loading and once while decoding is a re-read in
+    the whole trace, and not in either phase.
+    """
+    counts = _counts(trace, phase)
+    named, other = counts.filter(pl.col("tensor_name").is_not_null()), counts.filter(pl.col("tensor_name").is_null())
+    tensors = (
+        trace.tensors.lazy()
+        .select(*_TENSOR, "layer", "component", "size_bytes", "backed", order=pl.int_range(pl.len()))
+        .join(named.lazy(), on=_TENSOR, how="full", coalesce=True, nulls_equal=True)
+        .with_columns(pl.col(_COUNTS).fill_null(0))
+        .sort("bytes_read", "stall_ns", "order", descending=[True, True, False], nulls_last=True)
+        .select("model", "tensor_name", "layer", "component", "size_bytes", "backed", *_COUNTS)
+        .collect()
+    )
+    total, unique = int(counts["bytes_read"].sum()), int(counts["unique_bytes"].sum())
+    return {
+        "session": trace.session,
+        "models": trace.models,
+        "phase": phase,
+        "total_bytes_read": total,
+        "unique_bytes": unique,
+        "reread_bytes": total - unique,
+        "amplification": total / unique if unique else None,
+        "other_bytes_read": int(other["bytes_read"].sum()),
+        "other_reread_bytes": int(other["reread_bytes"].sum()),
+        "tensors": cast("list[TensorReads]", tensors.to_dicts()),
+        "account": trace.account,
+        "verdict": verdict(trace.account),
+        "notes": list(trace.notes),
+    }
+
+
+def _ranges(trace: Trace, phase: str | None) -> pl.DataFrame:
+    """Return the distinct ranges that were added and ``reads``, how often each was.
+
+    A page that is read 200 times is one range read 200 times: memory goes with the model, not with the trace.
+    """
+    found: list[pl.LazyFrame] = []
+    for piece in trace.slices("pagecache", phase):
+        adds = piece.filter(pl.col("action") == "add").select(*_RANGE, reads=pl.lit(1, pl.Int64))
+        found = [collect(pl.concat([*found, adds]).group_by(_RANGE).agg(pl.col("reads").sum())).lazy()]
+    return found[0].collect()
+
+
+def _counts(trace: Trace, phase: str | None) -> pl.DataFrame:
+    """Return one row a tensor (tensor_name null: bytes outside tensors), with every column of ``_COUNTS``."""
+    pagecache, faults, ops = (trace.table(name, phase) for name in ("pagecache", "faults", "ops"))
+    parts = [
+        fresh_bytes(_ranges(trace, phase).lazy())
+        .group_by(_TENSOR)
+        .agg(
+            bytes_read=(pl.col("bytes") * pl.col("reads")).sum(),
+            unique_bytes=pl.col("fresh").sum(),
+            read_count=pl.col("reads").sum(),
+        )
+        .with_columns(reread_bytes=pl.col("bytes_read") - pl.col("unique_bytes")),
+        pagecache.filter(pl.col("action") == "evict").group_by(_TENSOR).agg(evicted_bytes=pl.col("bytes").sum()),
+        faults.group_by(_TENSOR).agg(
+            access_count=pl.len().cast(pl.Int64),
+            major_faults=pl.col("major").sum().cast(pl.Int64),
+            minor_faults=(~pl.col("major")).sum().cast(pl.Int64),
+            stall_ns=pl.col("latency_ns").sum(),
+        ),
+        ops.group_by(_TENSOR).agg(access_count=pl.len().cast(pl.Int64)),
+    ]
+    names = [pl.col(name).cast(pl.String) for name in _TENSOR]
+    empty = pl.DataFrame(schema={**dict.fromkeys(_TENSOR, pl.String), **dict.fromkeys(_COUNTS, pl.Int64)})
+    rows = pl.concat([empty, *(collect(part.with_columns(names)) for part in parts)], how="diagonal")
+    return rows.group_by(_TENSOR).agg(pl.col(_COUNTS).sum())

@@ -1,0 +1,157 @@
+"""An ad-hoc capture of one process: what ``llmtraced record`` and the tests run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmtraced import target as targets
+from llmtraced.errors import USAGE, LlmtracedError
+from llmtraced.probes.loader import Sizes
+from llmtraced.probes.tracer import Tracer
+from llmtraced.recorder import Recorder, Session, session_metadata, session_name
+from llmtraced.schema import Detail, Phase
+from llmtraced.store import TraceWriter, clean_leftovers
+
+__all__ = ["Capture"]
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.02  # between looks at a process that has not mapped its model yet
+_REFRESH_SECONDS = 1.0  # between looks at where its models are mapped
+_POLL_SECONDS = 0.05
+
+
+class Capture:
+    """Records one process into a folder.
+
+    Args:
+        folder: of the trace.
+        detail: the dial.
+        flush_seconds: how old a record may be before it is in a file.
+        ring_bytes: size of the ring, a power of two.
+    """
+
+    def __init__(self, folder: Path, detail: Detail, *, flush_seconds: float = 5.0, ring_bytes: int = 16 << 20) -> None:
+        if ring_bytes & (ring_bytes - 1) or ring_bytes < 1 << 16:
+            raise LlmtracedError(f"the ring must be a power of two of at least 64K, not {ring_bytes} bytes", USAGE)
+        self.folder = folder
+        self.detail = detail
+        self.tracer = Tracer(Sizes(ring_bytes=ring_bytes))
+        self.recorder = Recorder(self.tracer, flush_seconds)
+        self.session: Session | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        self._refreshed = 0.0
+        self._started = time.monotonic()
+        clean_leftovers(folder)
+
+    def attach(self, pid: int, phase: Phase = Phase.UNKNOWN) -> Session:
+        """Begin to trace a running process.
+
+        Raises:
+            LlmtracedError: there is none, or it uses no model.
+        """
+        return self._begin(targets.find_target(pid), phase)
+
+    def _begin(self, target: targets.Target, phase: Phase) -> Session:
+        writer = TraceWriter(self.folder, session_name(target), session_metadata(target, self.detail))
+        self.session = self.recorder.add(target, writer, self.detail, phase)
+        models = ", ".join(self.session.models)
+        log.info("tracing process %d (%s) with %s into %s", target.pid, target.comm, models, self.folder)
+        return self.session
+
+    def start(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Start ``command`` and trace it from when it has mapped its model.
+
+        Raises:
+            LlmtracedError: it cannot be started, or ended without a model.
+        """
+        try:
+            self._child = subprocess.Popen(list(command), env=dict(env) if env is not None else None)
+        except OSError as error:
+            raise LlmtracedError(f"cannot start {command[0]}: {error.strerror}") from error
+        log.info("waiting for process %d to map its model", self._child.pid)
+        return self._child
+
+    def step(self) -> int:
+        """Wait a little, take what has come, and return the number of records."""
+        if self.session is None:
+            time.sleep(_LOOK_SECONDS)
+            if self._child is not None:
+                for target in targets.scan(_family(self._child.pid)):
+                    if target.mapped_bytes:
+                        self._begin(target, Phase.LOAD)
+                        break
+            return 0
+        self.tracer.ring.wait(_POLL_SECONDS)
+        n = self.recorder.poll()
+        if time.monotonic() - self._refreshed > _REFRESH_SECONDS:
+            self._refreshed = time.monotonic()
+            self.session.refresh()
+        return n
+
+    @property
+    def alive(self) -> bool:
+        """Whether what is traced, or waited for, still runs."""
+        if self.session is not None:
+            return self.session.target.alive
+        return self._child is None or self._child.poll() is None
+
+    def close(self) -> dict[str, Any]:
+        """End the trace, write everything, and return what it holds."""
+        unplaced, misses = self.tracer.unplaced, self.tracer.misses()
+        self.recorder.close()
+        self.tracer.close()
+        if self.session is None:
+            return {"trace": str(self.folder), "account": {}, "rows": {}}
+        return {
+            "trace": str(self.folder),
+            "session": self.session.writer.session,
+            "seconds": round(time.monotonic() - self._started, 3),
+            "account": self.session.account,
+            "rows": self.session.writer.rows,
+            "bytes": self.session.writer.bytes,
+            "missed": misses,
+            "unplaced_pages": unplaced,
+            "problems": self.session.problems,
+        }
+
+    def summary(self) -> Iterator[str]:
+        """Yield what was recorded, a line each."""
+        if self.session is None:
+            yield "nothing was recorded: the command never mapped a GGUF model"
+            return
+        for probe, cell in self.session.account.items():
+            lost = f", {cell['dropped']:,} dropped" if cell["dropped"] else ", none dropped"
+            yield f"{probe}: {cell['counted']:,} counted in the kernel, {cell['delivered']:,} recorded{lost}"
+        size = sum(self.session.writer.bytes.values())
+        yield f"{size / 1e6:.1f} MB in {self.folder}; next: llmtraced report summary {self.folder}"
+
+
+def _family(pid: int) -> list[int]:
+    """Return ``pid`` and its descendants: what was started may be a script that starts the server."""
+    found, todo = [], [pid]
+    while todo:
+        current = todo.pop()
+        found.append(current)
+        for task in Path(f"/proc/{current}/task").glob("*/children"):
+            try:
+                todo += [int(p) for p in task.read_text().split()]
+            except OSError:
+                continue
+    if not os.path.exists(f"/proc/{pid}/task/{pid}/children"):  # kernels without CONFIG_PROC_CHILDREN
+        found += [int(p) for p in os.listdir("/proc") if p.isdigit() and _parent(int(p)) == pid]
+    return found
+
+
+def _parent(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return 0
+    return int(text[text.rindex(b")") + 2 :].split()[1])

@@ -1,0 +1,47 @@
+"""Where a command's result goes: stdout, or a file that is never half written and never overwritten by accident."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from llmtraced.errors import LlmtracedError, printable
+from llmtraced.gguf_map import is_gguf
+
+__all__ = ["add_output_arguments", "check_output", "write_output"]
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare ``-o FILE`` and ``--force``."""
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write here instead of to stdout")
+    parser.add_argument("--force", action="store_true", help="overwrite FILE if it exists")
+
+
+def check_output(path: Path | None, force: bool) -> None:
+    """Refuse, before any work is done, a file that exists (without ``force``), a device or folder, and a model."""
+    if path is None or not path.exists():
+        return
+    if not force:
+        raise LlmtracedError(f"{printable(str(path))}: File already exists, will not overwrite without --force")
+    if not path.is_file() or is_gguf(path):
+        what = "a GGUF model" if path.is_file() else "not a regular file"
+        raise LlmtracedError(f"{printable(str(path))}: will not overwrite: it is {what}")
+
+
+def write_output(data: bytes, path: Path | None) -> None:
+    """Write ``data`` to stdout, or under a temporary name beside ``path`` which is then renamed."""
+    if path is None:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    path = Path(os.path.realpath(path))  # through a symbolic link, as a shell's redirection would
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise LlmtracedError(f"{printable(str(path))}: cannot be written: {error.strerror or error}") from None

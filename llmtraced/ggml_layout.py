@@ -1,0 +1,296 @@
+"""Where fields lie in this process's ``ggml_tensor`` and ``ggml_cgraph``, found in its own memory.
+
+The structures change between builds and stripped builds carry no description, so nothing is assumed that is not
+checked against what the GGUF file says: names, shapes and the bytes themselves. A layout that does not explain a whole
+graph is refused; faults and page cache need none.
+
+What is searched for (ggml.h, ggml-impl.h): a graph begins ``int size, n_nodes, n_leafs; ggml_tensor **nodes``; a tensor
+has, in this order, ``type, buffer, ne[4], nb[4], op, …, src[10], …, data, name[64]``.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from llmtraced.errors import UNSUPPORTED, LlmtracedError
+
+__all__ = ["Graph", "Layout", "Node", "Weight", "derive", "memory_reader", "read_graph"]
+
+Reader = Callable[[int, int], bytes]
+"""Reads (address, length) of the process; raises OSError where nothing is mapped."""
+
+_TENSOR_BYTES: Final = 512  # as much as is looked at; the structure is about 340 bytes
+_SOURCES: Final = 10  # GGML_MAX_SRC
+_MAX_NODES: Final = 1 << 20
+_SAMPLE: Final = 160  # nodes that are looked at: a few layers
+_HEADS: Final = 16  # tensors whose first bytes are read from the file, where none is mapped
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Byte offsets of fields, and the values of ``enum ggml_op`` that we need to tell apart."""
+
+    graph_n_nodes: int
+    graph_nodes: int
+    tensor_op: int
+    tensor_ne: int
+    tensor_nb: int
+    tensor_src: int
+    tensor_data: int
+    tensor_name: int
+    op_mul_mat: int
+    op_mul_mat_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What is known of a weight from its file.
+
+    Attributes:
+        shape: elements, in ggml's order.
+        address: where the process has mapped it, None where it is not mapped.
+        head: returns its first bytes in the file; asked only where ``address`` is None, for it reads from disk.
+    """
+
+    shape: tuple[int, ...]
+    address: int | None
+    head: Callable[[], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node of a graph: its operator's number, its name, rows of its result, and its sources' addresses."""
+
+    op: int
+    name: str
+    rows: int
+    sources: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A compute graph: nodes in the order of their evaluation, and the weights among their sources.
+
+    Attributes:
+        nodes: in order.
+        weights: address of the ``ggml_tensor`` → (name, address of its data).
+    """
+
+    nodes: tuple[Node, ...]
+    weights: Mapping[int, tuple[str, int]]
+
+    def sequence(self, ops: Sequence[int]) -> list[str]:
+        """Return the weights of nodes whose operator is in ``ops``, in order: the per-token access sequence."""
+        return [
+            self.weights[node.sources[0]][0]
+            for node in self.nodes
+            if node.op in ops and node.sources and node.sources[0] in self.weights
+        ]
+
+
+def memory_reader(pid: int) -> Reader:
+    """Return a reader of ``pid``'s memory (needs the right to trace it)."""
+    fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+
+    class _Closing:
+        def __del__(self) -> None:
+            os.close(fd)
+
+    owner = _Closing()
+
+    def read(address: int, length: int, _owner: _Closing = owner) -> bytes:
+        if not 0 < address < 1 << 63:
+            raise OSError(14, "bad address")
+        data = os.pread(fd, length, address)
+        if len(data) != length:
+            raise OSError(14, "bad address")
+        return data
+
+    return read
+
+
+def _pointers(data: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(data) // 8}Q", data[: len(data) // 8 * 8])
+
+
+def _plausible(value: int) -> bool:
+    return value % 8 == 0 and 1 << 16 <= value < 1 << 56
+
+
+def _unsupported(why: str) -> LlmtracedError:
+    return LlmtracedError(f"cannot read this build's compute graph: {why}", UNSUPPORTED)
+
+
+def derive(read: Reader, graph: int, weights: Mapping[str, Weight]) -> Layout:
+    """Work out the layout from one live graph.
+
+    Args:
+        read: the process's memory.
+        graph: address of the ``ggml_cgraph`` that is being, or was just, evaluated.
+        weights: by name, from the GGUF.
+
+    Raises:
+        LlmtracedError: no layout explains what is there; the message says what did not fit.
+        OSError: the memory is gone.
+    """
+    head = read(graph, 64)
+    size, n_nodes = struct.unpack_from("<ii", head, 0)
+    (nodes_at,) = struct.unpack_from("<Q", head, 16)
+    # The scheduler hands each backend a view of the whole graph, whose size is 0.
+    if not 0 < n_nodes <= max(size, n_nodes) <= _MAX_NODES or size < 0 or not _plausible(nodes_at):
+        raise _unsupported(f"no graph at its address (size {size}, {n_nodes} nodes)")
+    addresses = _pointers(read(nodes_at, n_nodes * 8))
+    known = {name.encode(): weight for name, weight in weights.items()}
+    sample = addresses[:_SAMPLE]
+    tensors = {a: _try(read, a) for a in sample}
+    if any(not data for data in tensors.values()):
+        raise _unsupported("its nodes cannot be read")
+
+    # Which word of a node points to something that carries a weight's name, and where that name stands in it.
+    found: Counter[tuple[int, int]] = Counter()
+    named: dict[int, tuple[bytes, bytes]] = {}
+    for data in tensors.values():
+        for word, pointer in enumerate(_pointers(data)[: _TENSOR_BYTES // 16]):
+            if not _plausible(pointer) or pointer in tensors:
+                continue
+            source = named.get(pointer)
+            if source is None:
+                content = _try(read, pointer)
+                source = named[pointer] = (content, _name_in(content, known))
+            if source[1]:
+                found[word * 8, source[0].index(source[1] + b"\0")] += 1
+    if not found:
+        raise _unsupported("no source of its nodes has the name of a tensor of the model")
+    names_at = Counter(at for (_, at), n in found.items() for _ in range(n)).most_common(1)[0][0]
+    src = min(word for (word, at), n in found.items() if at == names_at)
+    carriers = {
+        p: (content, known[name])
+        for p, (content, name) in named.items()
+        if name and content.index(name + b"\0") == names_at
+    }
+
+    ne = _agree("shape", (_find_shape(content, weight.shape) for content, weight in carriers.values()))
+    mapped = [(c, w) for c, w in carriers.values() if w.address is not None]
+    candidates = mapped or list(carriers.values())[:_HEADS]
+    data_at = _agree("data", (_find_data(read, content, weight, names_at) for content, weight in candidates))
+    nb = ne + 32
+    op = nb + 32
+    layout = Layout(4, 16, op, ne, nb, src, data_at, names_at, 0, 0)
+    if not ne < op < src < data_at < names_at:
+        raise _unsupported(f"its fields are in no known order ({layout})")
+    return _with_ops(read_graph(read, graph, layout, weights), layout, weights)
+
+
+def _try(read: Reader, address: int) -> bytes:
+    try:
+        return read(address, _TENSOR_BYTES)
+    except OSError:
+        return b""
+
+
+def _name_in(content: bytes, known: Mapping[bytes, Weight]) -> bytes:
+    """Return the first known tensor name that stands in ``content`` as a whole string at a multiple of 8 bytes."""
+    for at in range(64, len(content) - 8, 8):
+        end = content.find(b"\0", at)
+        if end > at and content[at:end] in known and content.index(content[at:end] + b"\0") == at:
+            return content[at:end]
+    return b""
+
+
+def _find_shape(content: bytes, shape: tuple[int, ...]) -> int | None:
+    pattern = struct.pack("<4q", *shape, *[1] * (4 - len(shape)))
+    at = content.find(pattern)
+    return at if at >= 0 and at % 8 == 0 else None
+
+
+def _find_data(read: Reader, content: bytes, weight: Weight, end: int) -> int | None:
+    """Return where the pointer to the tensor's bytes stands: it equals its address, or they begin as in the file."""
+    head = weight.head() if weight.address is None else b""
+    for at in range(end - 8, 64, -8):
+        (pointer,) = struct.unpack_from("<Q", content, at)
+        if weight.address is not None:
+            if pointer == weight.address:
+                return at
+        elif _plausible(pointer) and any(head):
+            try:
+                if read(pointer, len(head)) == head:
+                    return at
+            except OSError:
+                continue
+    return None  # repacked, or all zeros
+
+
+def _agree(what: str, values: object) -> int:
+    counted = Counter(v for v in values if v is not None)  # type: ignore[attr-defined]
+    if not counted:
+        raise _unsupported(f"no tensor's {what} is where the model's file says")
+    best, n = counted.most_common(1)[0]
+    if n * 10 < counted.total() * 9:
+        raise _unsupported(f"its tensors disagree on where the {what} is ({dict(counted)})")
+    return int(best)
+
+
+def _with_ops(graph: Graph, layout: Layout, weights: Mapping[str, Weight]) -> Layout:
+    """Complete ``layout`` with the operators' numbers, told by what they multiply."""
+    if any(not 0 < node.op < 256 for node in graph.nodes):
+        raise _unsupported("its nodes have no operator where one should be")
+    dense: Counter[int] = Counter()
+    experts: Counter[int] = Counter()
+    for node in graph.nodes:
+        first = graph.weights.get(node.sources[0]) if node.sources else None
+        if first is None or len(node.sources) < 2:
+            continue
+        if "_exps." in first[0]:
+            experts[node.op] += 1
+        elif ".weight" in first[0] and first[0].startswith("blk.") and len(weights[first[0]].shape) == 2:
+            dense[node.op] += 1
+    if not dense:
+        raise _unsupported("no matrix multiplication with a weight is in it")
+    return replace(
+        layout,
+        op_mul_mat=dense.most_common(1)[0][0],
+        op_mul_mat_id=experts.most_common(1)[0][0] if experts else 0,
+    )
+
+
+def read_graph(read: Reader, graph: int, layout: Layout, weights: Mapping[str, Weight]) -> Graph:
+    """Read a whole graph: a few milliseconds, once for each graph that is new.
+
+    Raises:
+        LlmtracedError: it is not a graph (any more).
+        OSError: the memory is gone.
+    """
+    (n_nodes,) = struct.unpack("<i", read(graph + layout.graph_n_nodes, 4))
+    (nodes_at,) = struct.unpack("<Q", read(graph + layout.graph_nodes, 8))
+    if not 0 < n_nodes <= _MAX_NODES:
+        raise _unsupported(f"{n_nodes} nodes")
+    length = layout.tensor_name + 64
+    nodes: list[Node] = []
+    found: dict[int, tuple[str, int]] = {}
+    seen: set[int] = set()
+    for address in _pointers(read(nodes_at, n_nodes * 8)):
+        data = read(address, length)
+        (op,) = struct.unpack_from("<I", data, layout.tensor_op)
+        (rows,) = struct.unpack_from("<q", data, layout.tensor_ne + 8)
+        sources = struct.unpack_from(f"<{_SOURCES}Q", data, layout.tensor_src)
+        sources = sources[: next((i for i in range(_SOURCES - 1, -1, -1) if sources[i]), -1) + 1]
+        nodes.append(Node(op, _c_string(data[layout.tensor_name :]), rows, sources))
+        seen.add(address)
+        for source in sources:
+            if source in seen or not _plausible(source):
+                continue
+            seen.add(source)
+            content = read(source, length)
+            name = _c_string(content[layout.tensor_name :])
+            if name in weights and _find_shape(content, weights[name].shape) == layout.tensor_ne:
+                found[source] = (name, struct.unpack_from("<Q", content, layout.tensor_data)[0])
+    return Graph(tuple(nodes), found)
+
+
+def _c_string(data: bytes) -> str:
+    return data[:64].split(b"\0", 1)[0].decode("utf-8", "replace")

@@ -1,0 +1,178 @@
+"""The system calls that probes need: bpf(2), perf_event_open(2), and maps as numpy arrays.
+
+Everything here takes and gives plain descriptors, so that attaching needs no BPF library. Numbers and structures are
+those of include/uapi/linux/bpf.h and perf_event.h, for x86-64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
+
+__all__ = [
+    "map_array",
+    "map_delete",
+    "map_lookup",
+    "map_update",
+    "online_cpus",
+    "open_software_event",
+    "open_tracepoint",
+    "open_uprobe",
+    "program_misses",
+    "run_on_cpu",
+]
+
+_NR_PERF_EVENT_OPEN = 298
+_NR_BPF = 321
+_BPF_MAP_LOOKUP_ELEM, _BPF_MAP_UPDATE_ELEM, _BPF_MAP_DELETE_ELEM = 1, 2, 3
+_BPF_PROG_TEST_RUN, _BPF_OBJ_GET_INFO_BY_FD = 10, 15
+_PERF_TYPE_SOFTWARE, _PERF_TYPE_TRACEPOINT = 1, 2
+_PERF_FLAG_FD_CLOEXEC = 8
+_PERF_EVENT_IOC_ENABLE, _PERF_EVENT_IOC_SET_BPF = 0x2400, 0x40042408
+_PERF_ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5
+_UPROBE_PMU = Path("/sys/bus/event_source/devices/uprobe")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _bpf(command: int, attr: bytes) -> bytes:
+    buffer = ctypes.create_string_buffer(attr, max(len(attr), 128))
+    if _libc.syscall(_NR_BPF, command, buffer, len(buffer)) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return buffer.raw
+
+
+def _address(data: ctypes.Array[ctypes.c_char]) -> int:
+    return ctypes.addressof(data)
+
+
+def map_update(fd: int, key: bytes, value: bytes) -> None:
+    """Set ``map[key] = value``; both in the map's own layout."""
+    k, v = ctypes.create_string_buffer(key, len(key)), ctypes.create_string_buffer(value, len(value))
+    _bpf(_BPF_MAP_UPDATE_ELEM, struct.pack("<I4xQQQ", fd, _address(k), _address(v), 0))
+
+
+def map_delete(fd: int, key: bytes) -> None:
+    """Delete ``map[key]``; a key that is not there is no error."""
+    k = ctypes.create_string_buffer(key, len(key))
+    try:
+        _bpf(_BPF_MAP_DELETE_ELEM, struct.pack("<I4xQQQ", fd, _address(k), 0, 0))
+    except FileNotFoundError:
+        pass
+
+
+def map_lookup(fd: int, key: bytes, size: int) -> bytes | None:
+    """Return ``map[key]`` (``size`` bytes), or None."""
+    k, v = ctypes.create_string_buffer(key, len(key)), ctypes.create_string_buffer(size)
+    try:
+        _bpf(_BPF_MAP_LOOKUP_ELEM, struct.pack("<I4xQQQ", fd, _address(k), _address(v), 0))
+    except FileNotFoundError:
+        return None
+    return v.raw
+
+
+def map_array(fd: int, dtype: np.dtype[Any], entries: int) -> NDArray[Any]:
+    """Return an array map (BPF_F_MMAPABLE) as a writable numpy array that shares the kernel's memory.
+
+    Args:
+        fd: the map.
+        dtype: of an element; the kernel pads elements to 8 bytes, so must the dtype be.
+        entries: number of elements.
+    """
+    assert dtype.itemsize % 8 == 0
+    size = -(-entries * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return np.frombuffer(memory, dtype=dtype, count=entries)
+
+
+def run_on_cpu(program: int, cpu: int) -> int:
+    """Run a raw tracepoint program once, on ``cpu``, and return its result (5.10 and later)."""
+    # prog_fd, retval, data_size_in/out, data_in/out, repeat, duration, ctx_size_in/out, ctx_in/out, flags, cpu
+    attr = struct.pack("<IIIIQQIIIIQQII", program, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, cpu)
+    return int(struct.unpack_from("<I", _bpf(_BPF_PROG_TEST_RUN, attr), 4)[0])
+
+
+def program_misses(program: int) -> int:
+    """Return how often the kernel skipped the program because another ran on that CPU (5.12 and later, else 0)."""
+    info = ctypes.create_string_buffer(232)
+    _bpf(_BPF_OBJ_GET_INFO_BY_FD, struct.pack("<IIQ", program, len(info), _address(info)))
+    return int(struct.unpack_from("<Q", info.raw, 208)[0])  # bpf_prog_info.recursion_misses
+
+
+def online_cpus() -> list[int]:
+    """Return the numbers of the CPUs that are online."""
+    cpus: list[int] = []
+    for part in Path("/sys/devices/system/cpu/online").read_text().strip().split(","):
+        first, _, last = part.partition("-")
+        cpus += range(int(first), int(last or first) + 1)
+    return cpus
+
+
+def _perf_event_open(attr: bytes, pid: int, cpu: int, what: str) -> int:
+    buffer = ctypes.create_string_buffer(attr, _PERF_ATTR_SIZE)
+    fd = int(_libc.syscall(_NR_PERF_EVENT_OPEN, buffer, pid, cpu, -1, _PERF_FLAG_FD_CLOEXEC))
+    if fd < 0:
+        code = ctypes.get_errno()
+        exit_code = NO_PERMISSION if code in (errno.EPERM, errno.EACCES) else UNSUPPORTED
+        raise LlmtracedError(f"cannot attach to {what}: {os.strerror(code)}", exit_code)
+    return fd
+
+
+def _attr(kind: int, config: int, *, period: int = 0, config1: int = 0, config2: int = 0) -> bytes:
+    # type, size, config, sample_period, sample_type, read_format, flags, wakeup, bp_type, config1, config2
+    head = struct.pack("<IIQQQQQIIQQ", kind, _PERF_ATTR_SIZE, config, period, 0, 0, 1, 0, 0, config1, config2)
+    return head.ljust(_PERF_ATTR_SIZE, b"\0")
+
+
+def _start(fd: int, program: int, what: str) -> int:
+    try:
+        fcntl.ioctl(fd, _PERF_EVENT_IOC_SET_BPF, program)
+        fcntl.ioctl(fd, _PERF_EVENT_IOC_ENABLE, 0)
+    except OSError as error:
+        os.close(fd)
+        raise LlmtracedError(f"cannot attach to {what}: {error.strerror}", UNSUPPORTED) from error
+    return fd
+
+
+def open_tracepoint(number: int, program: int, what: str) -> int:
+    """Attach ``program`` to a tracepoint on all CPUs; closing the returned descriptor detaches it."""
+    return _start(_perf_event_open(_attr(_PERF_TYPE_TRACEPOINT, number, period=1), -1, 0, what), program, what)
+
+
+def open_software_event(config: int, cpu: int, program: int, what: str) -> int:
+    """Attach ``program`` to every occurrence of a software event on ``cpu``; closing the descriptor detaches it."""
+    # A period of 1 is never throttled: the kernel throttles only the second and later samples of one occurrence.
+    return _start(_perf_event_open(_attr(_PERF_TYPE_SOFTWARE, config, period=1), -1, cpu, what), program, what)
+
+
+def open_uprobe(path: str, offset: int, pid: int, program: int, what: str, *, on_return: bool = False) -> int:
+    """Attach ``program`` at ``offset`` in the file ``path``, in process ``pid`` only.
+
+    Args:
+        path: the library or executable, reachable from here (``/proc/PID/map_files/…`` for other mount namespaces).
+        offset: of the instruction in the file, bytes.
+        pid: the process; its threads are included, its children are not.
+        program: of type KPROBE.
+        what: for the error message.
+        on_return: attach to the function's return.
+    """
+    try:
+        kind = int((_UPROBE_PMU / "type").read_text())
+        bit = int((_UPROBE_PMU / "format/retprobe").read_text().strip().removeprefix("config:"))
+    except OSError as error:
+        raise LlmtracedError(f"this kernel has no uprobes (CONFIG_UPROBE_EVENTS): {error}", UNSUPPORTED) from error
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    attr = _attr(kind, (1 << bit) if on_return else 0, config1=_address(name), config2=offset)
+    return _start(_perf_event_open(attr, pid, -1, what), program, what)

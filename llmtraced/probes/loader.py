@@ -1,0 +1,300 @@
+"""Compile and load the BPF programs: the only module that imports BCC.
+
+BCC brings LLVM, 150 MB of it, needed for seconds. So it runs in a child (this module as a program) which compiles,
+loads, sends the descriptors of the programs and maps over a socket and exits; :func:`load` in the parent keeps only
+descriptors. The child may also move into a mount namespace of its own, to show BCC headers (:mod:`llmtraced.headers`).
+"""
+
+from __future__ import annotations
+
+import array
+import importlib.util
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from llmtraced import headers, schema
+from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
+from llmtraced.probes import tracefs
+
+__all__ = ["FILES", "PROGRAMS", "Programs", "Sizes", "bpf_folder", "compile_flags", "import_bcc", "load", "source"]
+
+log = logging.getLogger(__name__)
+
+FILES: Final = 64
+"""Model files (shards) that can be traced at the same time."""
+
+PROGRAMS: Final[Mapping[str, str]] = {
+    "on_fault_user": "TRACEPOINT",
+    "on_fault_kernel": "TRACEPOINT",
+    "on_minor_fault": "PERF_EVENT",
+    "on_major_fault": "PERF_EVENT",
+    "on_add": "TRACEPOINT",
+    "on_evict": "TRACEPOINT",
+    "on_read": "TRACEPOINT",
+    "on_flush": "RAW_TRACEPOINT",
+    "on_graph": "KPROBE",
+    "on_graph_return": "KPROBE",
+    "on_mul_mat": "KPROBE",
+    "on_mul_mat_return": "KPROBE",
+    "on_any_op": "KPROBE",
+    "on_get_rows": "KPROBE",
+}
+"""BPF programs and their types; uprobes are of type KPROBE."""
+
+_MAPS: Final = ["ring", "slots", "targets", "prefetchers", "ranges", "file_ids", "files"] + [
+    "bounds",
+    "counters",
+    "seen",
+    "accounts",
+    "config",
+]
+# System calls by number, x86-64: arch/x86/entry/syscalls/syscall_64.tbl
+_SYSCALLS_X86_64: Final = {
+    "read": 0, "pread64": 17, "readv": 19, "preadv": 295, "preadv2": 327, "sendfile": 40, "splice": 275,
+    "copy_file_range": 326, "io_uring_enter": 426, "mmap": 9, "mlock": 149, "mlock2": 325, "mlockall": 151,
+    "madvise": 28, "process_madvise": 440, "fadvise64": 221, "readahead": 187,
+}  # fmt: skip
+_ORIG_AX_OFFSET: Final = 120  # struct pt_regs, arch/x86/include/uapi/asm/ptrace.h
+_DISTRIBUTION_BCC: Final = ("/usr/lib/python3/dist-packages", "/usr/lib/python3*/site-packages")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large the maps are made; all memory is bounded by these.
+
+    Attributes:
+        ring_bytes: the ring, a power of two.
+        bounds: extents of all traced models together; one takes 80 bytes. A model needs about 4 a tensor.
+        model_bytes: bytes of all traced models together whose re-reads can be told (one bit a page).
+        ranges: mapped stretches of model files, all processes.
+        threads: threads of traced processes that can be in a fault at once.
+    """
+
+    ring_bytes: int = 16 << 20
+    bounds: int = 1 << 16
+    model_bytes: int = 256 << 30
+    ranges: int = 4096
+    threads: int = 8192
+
+
+@dataclass(slots=True)
+class Programs:
+    """What was loaded: descriptors of programs and maps, why others were refused, and what it took."""
+
+    programs: dict[str, int]
+    maps: dict[str, int]
+    refused: dict[str, str]
+    compile_seconds: float
+    compile_rss_bytes: int
+    headers: str
+    bcc_version: str
+    sizes: Sizes = field(default_factory=Sizes)
+
+    def close(self) -> None:
+        """Close all descriptors; the kernel then frees what nothing is attached to."""
+        for fd in (*self.programs.values(), *self.maps.values()):
+            os.close(fd)
+        self.programs.clear()
+        self.maps.clear()
+
+
+def bpf_folder() -> Path:
+    """Return the folder of the BPF sources: in the package (wheel) or beside it (checkout)."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "bpf", package.parent / "bpf"):
+        if (folder / "common.h").is_file():
+            return folder
+    raise LlmtracedError(f"the BPF sources are missing beside {package}; install llmtraced again")
+
+
+def source() -> str:
+    """Return the one text that is compiled: generated defines, then the sources in their order."""
+    folder = bpf_folder()
+    parts = ["common.h", "faults.bpf.c", "pagecache.bpf.c", "ggml.bpf.c"]
+    return schema.c_header() + "\n".join((folder / part).read_text() for part in parts)
+
+
+def _steps(n: int) -> int:
+    return max(n, 2).bit_length() + 1
+
+
+def compile_flags(sizes: Sizes, cpus: int) -> list[str]:
+    """Return the -D flags: map sizes, what this kernel's tracepoints have, and system call numbers."""
+    if os.uname().machine != "x86_64":
+        raise LlmtracedError(f"llmtraced runs on x86_64, this is {os.uname().machine}", UNSUPPORTED)
+    defines = {
+        "LT_RING_PAGES": sizes.ring_bytes // schema.PAGE,
+        "LT_WAKE_EVENTS": max(sizes.ring_bytes // 64 // 8, 1),
+        "LT_BOUNDS": sizes.bounds,
+        "LT_BOUND_STEPS": _steps(sizes.bounds),
+        "LT_RANGES": sizes.ranges,
+        "LT_RANGE_STEPS": _steps(sizes.ranges),
+        "LT_FILES": FILES,
+        "LT_SEEN_WORDS": sizes.model_bytes // schema.PAGE // 64,
+        "LT_THREADS": sizes.threads,
+        "LT_ACCOUNTS": cpus * schema.SLOTS * schema.EPOCHS * len(schema.Probe),
+        "LT_PAGE_SHIFT": schema.PAGE.bit_length() - 1,
+        "LT_FOLIO_CHUNKS": 96,
+        "LT_ROUTE_RECORDS": 1024,
+        "LT_SYSCALL_OFFSET": _ORIG_AX_OFFSET,
+        # Kernels before large folios say no order: every event is one page.
+        "LT_ADD_ORDER": "args->order" if tracefs.has_field("filemap", "mm_filemap_add_to_page_cache", "order") else 0,
+        "LT_EVICT_ORDER": (
+            "args->order" if tracefs.has_field("filemap", "mm_filemap_delete_from_page_cache", "order") else 0
+        ),
+        **{f"SYSCALL_{name}": number for name, number in _SYSCALLS_X86_64.items()},
+    }
+    if tracefs.exists("filemap", "mm_filemap_get_pages"):
+        defines["LT_HAVE_GET_PAGES"] = 1
+    return [f"-D{name}={value}" for name, value in defines.items()]
+
+
+def import_bcc() -> Any:
+    """Import BCC: as any module, else from where distributions put it for their own Python.
+
+    BCC's Python part is plain ctypes code, so the distribution's copy works in any virtual environment.
+
+    Raises:
+        LlmtracedError: it is not installed; the message names the packages.
+    """
+    try:
+        import bcc  # noqa: PLC0415
+    except ImportError:
+        bcc = None
+    if bcc is not None and hasattr(bcc, "BPF"):
+        return bcc
+    folders = [f for pattern in _DISTRIBUTION_BCC for f in sorted(Path("/").glob(pattern.lstrip("/")))]
+    for folder in folders:
+        init = folder / "bcc" / "__init__.py"
+        if init.is_file():
+            spec = importlib.util.spec_from_file_location("bcc", init, submodule_search_locations=[str(init.parent)])
+            if spec is None or spec.loader is None:
+                continue
+            module = importlib.util.module_from_spec(spec)
+            sys.modules["bcc"] = module
+            spec.loader.exec_module(module)
+            return module
+    raise LlmtracedError(
+        "BCC is not installed; apt-get install python3-bpfcc (Debian, Ubuntu) or dnf install python3-bcc (Fedora)",
+        UNSUPPORTED,
+    )
+
+
+def load(sizes: Sizes | None = None) -> Programs:
+    """Compile and load everything in a child and return the descriptors.
+
+    Raises:
+        LlmtracedError: no permission, no BCC, no headers, or the maps cannot be made. A single program that the
+            kernel refuses is not an error here: it is in ``refused``.
+    """
+    sizes = sizes or Sizes()
+    if os.geteuid() != 0:
+        raise LlmtracedError("loading BPF programs needs root (CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN)", NO_PERMISSION)
+    tracefs.ensure_mounted()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "llmtraced.probes.loader", str(theirs.fileno()), json.dumps(asdict(sizes))],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
+        theirs.close()
+        fds: list[int] = []
+        message = bytearray()
+        while True:
+            data, ancillary, _, _ = ours.recvmsg(1 << 16, socket.CMSG_SPACE(64 * 4))
+            for level, kind, payload in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    received = array.array("i")
+                    received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
+                    fds += received
+            if not data:
+                break
+            message += data
+        output = child.communicate()[0].decode(errors="replace")
+    reply: dict[str, Any] = (
+        json.loads(message) if message else {"error": "it ended without an answer", "exit_code": UNSUPPORTED}
+    )
+    if "error" in reply:
+        log.debug("BPF compiler said: %s", output)
+        detail = "" if "remedy" in reply or not output.strip() else "\n" + output.strip()[-2000:]
+        raise LlmtracedError(f"cannot load the BPF programs: {reply['error']}{detail}", reply["exit_code"])
+    names = reply.pop("names")
+    descriptors = dict(zip(names, fds, strict=True))
+    return Programs(
+        programs={n: fd for n, fd in descriptors.items() if n in PROGRAMS},
+        maps={n: fd for n, fd in descriptors.items() if n not in PROGRAMS},
+        sizes=sizes,
+        **reply,
+    )
+
+
+def _compile(sizes: Sizes) -> tuple[dict[str, int], dict[str, Any]]:
+    started = time.monotonic()
+    bcc = import_bcc()
+    found = headers.find()
+    headers.present(found)
+    try:
+        bpf = bcc.BPF(text=source(), cflags=["-Wno-macro-redefined", *compile_flags(sizes, possible_cpus())])
+    except Exception as error:
+        raise LlmtracedError(f"BCC cannot compile them ({error})", UNSUPPORTED) from error
+    descriptors: dict[str, int] = {}
+    refused: dict[str, str] = {}
+    for name, kind in PROGRAMS.items():
+        if f"{name}(" not in source() or (name == "on_read" and not tracefs.exists("filemap", "mm_filemap_get_pages")):
+            refused[name] = "this kernel lacks its tracepoint"
+            continue
+        try:
+            descriptors[name] = bpf.load_func(name, getattr(bcc.BPF, kind)).fd
+        except Exception as error:
+            refused[name] = str(error)
+    for name in _MAPS:
+        descriptors[name] = bpf[name].map_fd
+    status = Path("/proc/self/status").read_text()
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+    keep_alive.append(bpf)
+    return descriptors, {
+        "names": list(descriptors),
+        "refused": refused,
+        "compile_seconds": round(time.monotonic() - started, 3),
+        "compile_rss_bytes": int(peak[1]) * 1024 if peak else 0,
+        "headers": str(found),
+        "bcc_version": str(getattr(bcc, "__version__", "?")),
+    }
+
+
+keep_alive: list[Any] = []  # BCC closes its descriptors when its object goes
+
+
+def possible_cpus() -> int:
+    """Return one more than the highest CPU number that can ever come online."""
+    text = Path("/sys/devices/system/cpu/possible").read_text().strip()
+    return int(re.split(r"[-,]", text)[-1]) + 1
+
+
+def _child(fd: int, sizes: Sizes) -> None:
+    with socket.socket(fileno=fd) as parent:
+        try:
+            descriptors, reply = _compile(sizes)
+        except LlmtracedError as error:
+            parent.sendall(json.dumps({"error": str(error), "exit_code": error.exit_code}).encode())
+            return
+        fds = array.array("i", descriptors.values())
+        parent.sendmsg([json.dumps(reply).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+
+
+if __name__ == "__main__":
+    _child(int(sys.argv[1]), Sizes(**json.loads(sys.argv[2])))

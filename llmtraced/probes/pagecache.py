@@ -1,0 +1,13 @@
+"""Pages of model files into and out of the page cache, and buffered reads (bpf/pagecache.bpf.c, docs/pagecache.md)."""
+
+from __future__ import annotations
+
+from llmtraced.probes.points import Tracepoint
+
+__all__ = ["POINTS"]
+
+POINTS = (
+    Tracepoint("on_add", "filemap", "mm_filemap_add_to_page_cache", "what is read from disk is not recorded"),
+    Tracepoint("on_evict", "filemap", "mm_filemap_delete_from_page_cache", "what is evicted is not recorded"),
+    Tracepoint("on_read", "filemap", "mm_filemap_get_pages", "reads by read() and pread() are not recorded", False),
+)

@@ -1,0 +1,59 @@
+"""Attach points, declared as data: what is attached to what, whether it must be, and what is lost without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmtraced.schema import Detail
+
+__all__ = ["Point", "SoftwareEvent", "Tracepoint", "Uprobe"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tracepoint:
+    """A kernel tracepoint ``category:name``."""
+
+    program: str
+    category: str
+    name: str
+    lost: str
+    required: bool = True
+
+    def __str__(self) -> str:
+        return f"tracepoint {self.category}:{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class SoftwareEvent:
+    """A perf software event on every CPU; ``config`` is its number in enum perf_sw_ids."""
+
+    program: str
+    name: str
+    config: int
+    lost: str
+    required: bool = True
+
+    def __str__(self) -> str:
+        return f"software event {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Uprobe:
+    """A function of the traced process's ggml, from ``detail`` on. Never required: faults need none of them."""
+
+    program: str
+    symbol: str
+    lost: str
+    detail: Detail
+    on_return: bool = False
+
+    @property
+    def required(self) -> bool:
+        """Whether tracing is refused without it."""
+        return False
+
+    def __str__(self) -> str:
+        return f"{'uretprobe' if self.on_return else 'uprobe'} {self.symbol}"
+
+
+Point = Tracepoint | SoftwareEvent | Uprobe

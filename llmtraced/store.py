@@ -1,0 +1,116 @@
+"""Trace folders: Parquet files that are complete the moment they have their name.
+
+A file is written under a temporary name and renamed, so that a reader, at any moment, sees whole files only, and a
+process that dies loses what it had not yet flushed and nothing more. docs/trace.md describes the format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmtraced.errors import LlmtracedError
+from llmtraced.schema import SCHEMA_VERSION, TABLES
+
+__all__ = ["METADATA_KEY", "ROW_GROUP", "TraceWriter", "clean_leftovers"]
+
+METADATA_KEY: Final = b"llmtraced"
+"""Key of the footer's metadata: one JSON object."""
+
+ROW_GROUP: Final = 128 * 1024
+"""Rows in a row group."""
+
+# Times and offsets rise in small steps, or their bytes are alike by position: encodings that Parquet has for each.
+_DELTA: Final = {"timestamp", "token", "start_ns", "end_ns", "thread", "pid", "layer", "position", "expert", "shard"}
+_SPLIT: Final = {"address", "offset_bytes", "latency_ns", "bytes", "duration_ns", "data_ptr", "bytes_accessed"}
+
+
+def _encodings(schema: pa.Schema) -> dict[str, str]:
+    found = {}
+    for name in schema.names:
+        if pa.types.is_integer(schema.field(name).type):
+            found[name] = "BYTE_STREAM_SPLIT" if name in _SPLIT else "DELTA_BINARY_PACKED"
+    return found
+
+
+class TraceWriter:
+    """Writes the tables of one session into a trace folder.
+
+    Args:
+        folder: the trace; made if it is not there.
+        session: names the traced process for good; file names begin with it.
+        metadata: of the session, for every file's footer.
+        partition: hive folders below each table, such as ``host=a/model=b/date=c``; none by default.
+
+    Attributes:
+        rows, bytes: written so far, by table.
+    """
+
+    def __init__(self, folder: Path, session: str, metadata: Mapping[str, Any], partition: str = "") -> None:
+        self.folder = folder
+        self.session = session
+        self.partition = partition
+        self.rows: dict[str, int] = dict.fromkeys(TABLES, 0)
+        self.bytes: dict[str, int] = dict.fromkeys(TABLES, 0)
+        self._metadata = {"schema_version": SCHEMA_VERSION, "session": session, **metadata}
+        self._sequence: dict[str, int] = dict.fromkeys(TABLES, 0)
+
+    def write(self, name: str, table: pa.Table, probe: str, account: Mapping[str, Mapping[str, int]]) -> Path:
+        """Write one file of table ``name``.
+
+        Args:
+            name: of the table, a key of schema.TABLES; ``table`` has that schema.
+            table: the rows, sorted by time.
+            probe: whose account the file carries (empty: none).
+            account: by probe: counted, delivered, dropped, missed.
+
+        Raises:
+            LlmtracedError: it cannot be written (disk full, read-only); nothing of it is left.
+        """
+        folder = self.folder / name / self.partition
+        final = folder / f"{self.session}-{self._sequence[name]:06d}.parquet"
+        temporary = folder / f".tmp-{final.name}"
+        metadata = json.dumps({**self._metadata, "table": name, "probe": probe, "account": account})
+        schema = TABLES[name].with_metadata({METADATA_KEY: metadata.encode()})
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with pq.ParquetWriter(
+                temporary,
+                schema,
+                compression="zstd",
+                compression_level=1,
+                use_dictionary=[n for n in schema.names if pa.types.is_dictionary(schema.field(n).type)],
+                column_encoding=_encodings(schema),
+                write_statistics=[n for n in schema.names if n in ("timestamp", "token", "start_ns")],
+                store_schema=True,
+            ) as writer:
+                writer.write_table(table.cast(schema), row_group_size=ROW_GROUP)
+            size = temporary.stat().st_size
+            os.replace(temporary, final)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise LlmtracedError(f"cannot write {final}: {error.strerror or error}") from error
+        self._sequence[name] += 1
+        self.rows[name] += table.num_rows
+        self.bytes[name] += size
+        return final
+
+    def rewrite(self, name: str, table: pa.Table) -> Path:
+        """Write the table ``name`` as one file in the place of what was written of it before."""
+        self._sequence[name] = 0
+        self.rows[name] = 0
+        return self.write(name, table, "", {})
+
+
+def clean_leftovers(folder: Path) -> int:
+    """Delete temporary files that a writer which died has left in a trace; return how many."""
+    leftovers = list(folder.glob("**/.tmp-*.parquet")) if folder.is_dir() else []
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)

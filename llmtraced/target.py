@@ -1,0 +1,410 @@
+"""Processes that use GGUF models: their mappings, libraries, symbols and memory cgroup.
+
+Everything is read from ``/proc``; names and paths in there are chosen by others and are only ever passed on as bytes
+that were found, never through a shell. Files are opened by ``/proc/PID/map_files`` or ``/proc/PID/root``, so that
+containers and deleted files are no special case.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+
+from llmtraced.errors import FAILED, NO_PERMISSION, UNSUPPORTED, LlmtracedError
+from llmtraced.gguf_map import Model, is_gguf, read_model
+
+__all__ = [
+    "Cgroup",
+    "Mapping",
+    "ModelFile",
+    "Symbol",
+    "Target",
+    "cgroup_of",
+    "find_symbol",
+    "find_target",
+    "gguf_arguments",
+    "maps",
+    "scan",
+    "start_ticks",
+]
+
+log = logging.getLogger(__name__)
+
+_MAPS_LINE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)")
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A file-backed line of ``/proc/PID/maps``; ``device`` is the kernel's own dev_t (major << 20 | minor)."""
+
+    start: int
+    end: int
+    permissions: str
+    offset: int
+    device: int
+    inode: int
+    path: str
+    deleted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """One shard as a process uses it: which file it is, and where it is mapped (nowhere if it was read)."""
+
+    label: str
+    shard: int
+    device: int
+    inode: int
+    mappings: tuple[Mapping, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A function: the file that has it (a path we can open) and its offset in that file, bytes."""
+
+    library: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """A memory cgroup: version 1 or 2, its folder, and its limit in bytes (None: unlimited)."""
+
+    version: int
+    path: Path
+    limit: int | None
+
+
+def start_ticks(pid: int) -> int:
+    """Return when ``pid`` started, in clock ticks since boot: with the pid it names a process for good.
+
+    Raises:
+        ProcessLookupError: there is no such process.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise ProcessLookupError(pid) from error
+    return int(text[text.rindex(b")") + 2 :].split()[19])
+
+
+def maps(pid: int) -> list[Mapping]:
+    """Return the file-backed mappings of ``pid``, by address; an empty list if it is gone or not ours to see."""
+    try:
+        text = Path(f"/proc/{pid}/maps").read_bytes()
+    except OSError:
+        return []
+    found = []
+    for line in text.splitlines():
+        match = _MAPS_LINE.fullmatch(line)
+        if not match or match[7] == b"0" or not match[8].startswith(b"/"):
+            continue
+        raw = match[8]
+        deleted = raw.endswith(b" (deleted)")
+        raw = _OCTAL.sub(lambda m: bytes([int(m[1], 8)]), raw.removesuffix(b" (deleted)"))
+        device = int(match[5], 16) << 20 | int(match[6], 16)
+        numbers = int(match[1], 16), int(match[2], 16), match[3].decode("ascii"), int(match[4], 16)
+        found.append(Mapping(*numbers, device, int(match[7]), os.fsdecode(raw), deleted))
+    return found
+
+
+def reachable(pid: int, mapping: Mapping) -> str:
+    """Return a path by which we can open what is mapped, also from another mount namespace or after deletion."""
+    if not mapping.deleted:
+        path = f"/proc/{pid}/root{mapping.path}"
+        try:
+            status = os.stat(path)
+            if status.st_ino == mapping.inode:
+                own = os.stat(mapping.path) if os.path.exists(mapping.path) else None
+                return mapping.path if own and (own.st_dev, own.st_ino) == (status.st_dev, status.st_ino) else path
+        except OSError:
+            pass
+    return f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
+
+
+def kernel_device(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the (device, inode) of a file as kernel tracepoints print them."""
+    status = os.stat(path)
+    return os.major(status.st_dev) << 20 | os.minor(status.st_dev), status.st_ino
+
+
+def gguf_arguments(arguments: Iterable[str], root: str = "", cwd: str = "/") -> list[str]:
+    """Return those command-line arguments that name existing GGUF files, as paths below ``root``."""
+    found = []
+    for argument in arguments:
+        value = argument.partition("=")[2] or argument
+        if ".gguf" in value:
+            path = root + os.path.join(cwd, value)
+            if path not in found and is_gguf(path):
+                found.append(path)
+    return found
+
+
+@dataclass
+class Target:
+    """A process that uses GGUF models, as it was when looked at.
+
+    Attributes:
+        models: by label (the first shard's file name, made unique).
+        files: every shard of those models; one that is not mapped was read (``--load-mode none``) or is not yet mapped.
+        problems: what could not be understood, for the user.
+    """
+
+    pid: int
+    start: int
+    comm: str
+    command: list[str]
+    models: dict[str, Model] = field(default_factory=dict)
+    files: list[ModelFile] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs (and its pid was not given to another)."""
+        try:
+            return start_ticks(self.pid) == self.start and not _is_zombie(self.pid)
+        except (ProcessLookupError, PermissionError):
+            return False
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of model files in the address space."""
+        return sum(m.end - m.start for f in self.files for m in f.mappings)
+
+    @cached_property
+    def symbols(self) -> dict[str, Symbol]:
+        """ggml's functions in this process, by name, from whichever mapped object has them."""
+        return dict(_ggml_symbols(self.pid))
+
+
+def _is_zombie(pid: int) -> bool:
+    text = Path(f"/proc/{pid}/stat").read_bytes()
+    return text[text.rindex(b")") + 2 : text.rindex(b")") + 3] == b"Z"
+
+
+def scan(pids: Iterable[int] | None = None, *, known: Iterable[int] = ()) -> Iterator[Target]:
+    """Yield every process (or those of ``pids``) that maps a GGUF or has read one with a ggml library in it.
+
+    Args:
+        pids: which processes to look at; all by default.
+        known: processes not to look at again.
+    """
+    skip = {*known, os.getpid()}
+    if pids is None:
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    for pid in pids:
+        if pid in skip:
+            continue
+        try:
+            target = _look(pid)
+        except (ProcessLookupError, FileNotFoundError):
+            continue
+        except PermissionError:
+            log.debug("process %d: not ours to see", pid)
+            continue
+        if target:
+            yield target
+
+
+def find_target(pid: int) -> Target:
+    """Return the target with that pid.
+
+    Raises:
+        LlmtracedError: no such process, no permission, or no model in it.
+    """
+    try:
+        target = _look(pid)
+    except (ProcessLookupError, FileNotFoundError) as error:
+        raise LlmtracedError(f"no process {pid}", FAILED) from error
+    except PermissionError as error:
+        raise LlmtracedError(f"process {pid} is not ours to see; run as root", NO_PERMISSION) from error
+    if target is None:
+        raise LlmtracedError(
+            f"process {pid} maps no GGUF model; if it is still starting, try again, "
+            "or start it with `llmtraced record -- COMMAND`",
+            UNSUPPORTED,
+        )
+    return target
+
+
+_GGUF_BY_INODE: dict[tuple[int, int, int], bool] = {}
+
+
+def _maps_gguf(pid: int, mapping: Mapping) -> bool:
+    if "x" in mapping.permissions or mapping.path.startswith(("/dev/", "/memfd:", "/SYSV")):
+        return False
+    path = reachable(pid, mapping)
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    if not stat.S_ISREG(status.st_mode) or status.st_size < 32:
+        return False
+    key = (status.st_dev, status.st_ino, status.st_mtime_ns)
+    if key not in _GGUF_BY_INODE:
+        if len(_GGUF_BY_INODE) > 1 << 16:
+            _GGUF_BY_INODE.clear()
+        _GGUF_BY_INODE[key] = is_gguf(path)
+    return _GGUF_BY_INODE[key]
+
+
+def _look(pid: int) -> Target | None:
+    command = [os.fsdecode(a) for a in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]]
+    if not command:
+        return None  # a kernel thread, or gone
+    found = maps(pid)
+    mapped = [m for m in found if _maps_gguf(pid, m)]
+    root = f"/proc/{pid}/root" if os.path.realpath(f"/proc/{pid}/root") != "/" else ""
+    paths: list[str] = list(dict.fromkeys(reachable(pid, m) for m in mapped))
+    if any("ggml" in os.path.basename(m.path) or "llama" in os.path.basename(m.path) for m in found):
+        cwd = os.readlink(f"/proc/{pid}/cwd")
+        paths += [p for p in gguf_arguments(command, root, cwd) if p not in paths]
+    if not paths:
+        return None
+    comm = Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
+    target = Target(pid, start_ticks(pid), comm, command)
+    shards_seen: set[tuple[int, int]] = set()
+    for path in paths:
+        try:
+            identity = kernel_device(path)
+            if identity in shards_seen:
+                continue
+            model = read_model(path)
+        except (LlmtracedError, OSError) as error:
+            target.problems.append(str(error))
+            continue
+        label = model.shards[0].path.name
+        if path.startswith("/proc/") and "/map_files/" in path:  # deleted or replaced: only the mapping has it now
+            label = next(os.path.basename(m.path) for m in mapped if reachable(pid, m) == path)
+        while label in target.models:
+            label += "'"
+        target.models[label] = model
+        for number, shard in enumerate(model.shards):
+            device, inode = kernel_device(shard.path)
+            shards_seen.add((device, inode))
+            mine = tuple(m for m in mapped if m.inode == inode and _same_file(pid, m, shard.path))
+            # btrfs and overlayfs print another device in maps and tracepoints than stat gives: believe the mapping.
+            target.files.append(ModelFile(label, number, mine[0].device if mine else device, inode, mine))
+    return target if target.models else None
+
+
+def _same_file(pid: int, mapping: Mapping, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.stat(reachable(pid, mapping)), path.stat())
+    except OSError:
+        return False
+
+
+def _ggml_symbols(pid: int) -> Iterator[tuple[str, Symbol]]:
+    seen: set[tuple[int, int]] = set()
+    done: set[str] = set()
+    for mapping in maps(pid):
+        key = (mapping.device, mapping.inode)
+        if "x" not in mapping.permissions or key in seen:
+            continue
+        seen.add(key)
+        path = reachable(pid, mapping)
+        try:
+            symbols = elf_functions(path, b"ggml_")
+        except (ELFError, OSError, ValueError) as error:
+            log.debug("%s: no symbols: %s", mapping.path, error)
+            continue
+        for name, offset in symbols.items():
+            if name not in done:
+                done.add(name)
+                yield name, Symbol(path, offset)
+
+
+def find_symbol(target: Target, name: str) -> Symbol | None:
+    """Return where ``name`` is in the target, or None if this build does not have it."""
+    return target.symbols.get(name)
+
+
+_SYMBOL = np.dtype(
+    [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("section", "<u2"), ("value", "<u8"), ("size", "<u8")]
+)
+_STT_FUNC = 2
+
+
+def elf_functions(path: str, prefix: bytes) -> dict[str, int]:
+    """Return the defined functions of an ELF file whose names begin with ``prefix``, and their offsets in the file.
+
+    Both symbol tables are read (``.symtab`` is missing in stripped files), as arrays: a large binary has 10^5 symbols.
+
+    Raises:
+        ELFError, OSError, ValueError: not an ELF file, unreadable or malformed.
+    """
+    found: dict[str, int] = {}
+    with open(path, "rb") as stream:
+        elf = ELFFile(stream)
+        if elf.elfclass != 64 or not elf.little_endian:
+            raise ELFError("not a 64-bit little-endian file")
+        segments = [(s["p_vaddr"], s["p_filesz"], s["p_offset"]) for s in elf.iter_segments("PT_LOAD")]
+        for section in elf.iter_sections():
+            if section["sh_type"] not in ("SHT_DYNSYM", "SHT_SYMTAB"):
+                continue
+            data = section.data()
+            table = np.frombuffer(data, _SYMBOL, count=len(data) // _SYMBOL.itemsize)
+            strings = elf.get_section(section["sh_link"]).data()
+            functions = table[((table["info"] & 15) == _STT_FUNC) & (table["section"] != 0)]
+            wanted = {m.start() + 1 for m in re.finditer(b"\0" + re.escape(prefix), strings)}
+            for symbol in functions[np.isin(functions["name"], np.fromiter(wanted, np.uint32, len(wanted)))]:
+                start = int(symbol["name"])
+                name = strings[start : strings.index(b"\0", start)].decode("ascii", "replace")
+                for address, size, offset in segments:
+                    if address <= symbol["value"] < address + size:
+                        found.setdefault(name, int(symbol["value"]) - address + offset)
+    return found
+
+
+def cgroup_of(pid: int) -> Cgroup | None:
+    """Return the memory cgroup of ``pid``, or None where no memory controller is mounted."""
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    v1 = v2 = None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            v1 = path
+        elif not controllers:
+            v2 = path
+    for version, inner, kind in ((1, v1, "cgroup"), (2, v2, "cgroup2")):
+        if inner is None:
+            continue
+        for mount in mounts:
+            before, _, after = mount.partition(" - ")
+            fields, tail = before.split(), after.split()
+            if tail[0] != kind or (version == 1 and "memory" not in tail[2].split(",")):
+                continue
+            folder = Path(fields[4]) / inner.removeprefix(fields[3]).lstrip("/")
+            knob = folder / ("memory.limit_in_bytes" if version == 1 else "memory.max")
+            if (
+                version == 2
+                and inner == "/"
+                and not knob.exists()
+                and (Path(fields[4]) / "cgroup.controllers").exists()
+            ):
+                if "memory" in (Path(fields[4]) / "cgroup.controllers").read_text().split():
+                    return Cgroup(2, folder, None)  # the root has no limit file
+                continue
+            try:
+                text = knob.read_text().strip()
+            except OSError:
+                continue
+            limit = None if text == "max" or int(text) >= 1 << 62 else int(text)
+            return Cgroup(version, folder, limit)
+    return None
