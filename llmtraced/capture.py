@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,16 +67,27 @@ class Capture:
         return self.session
 
     def start(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """Start ``command`` and trace it from when it has mapped its model.
+        """Start ``command`` and trace it.
+
+        Model files that the command line names are counted before the command's first instruction, so that nothing
+        of the load is missed; others from when they are found in its address space.
 
         Raises:
-            LlmtracedError: it cannot be started, or ended without a model.
+            LlmtracedError: it cannot be started.
         """
-        try:
-            self._child = subprocess.Popen(list(command), env=dict(env) if env is not None else None)
-        except OSError as error:
-            raise LlmtracedError(f"cannot start {command[0]}: {error.strerror}") from error
-        log.info("waiting for process %d to map its model", self._child.pid)
+        if shutil.which(command[0], path=(env or os.environ).get("PATH")) is None:
+            raise LlmtracedError(f"cannot start {command[0]}: no such program")
+        read_end, write_end = os.pipe()
+        with os.fdopen(read_end, "rb") as gate, os.fdopen(write_end, "wb") as key:
+            # The shell becomes the command, in the same process, when a line comes through the gate.
+            waiting = ["/bin/sh", "-c", 'read -r _ <&"$0"; exec "$@"', str(gate.fileno()), *command]
+            self._child = subprocess.Popen(waiting, env=dict(env) if env is not None else None, pass_fds=[gate.fileno()])
+            named = targets.from_arguments(self._child.pid, command)
+            if named:
+                self._begin(named, Phase.LOAD)
+            else:
+                log.info("waiting for process %d to map its model", self._child.pid)
+            key.write(b"\n")
         return self._child
 
     def step(self) -> int:
@@ -88,9 +100,10 @@ class Capture:
                         self._begin(target, Phase.LOAD)
                         break
             return 0
-        self.tracer.ring.wait(_POLL_SECONDS)
+        self.tracer.ring.wait(_POLL_SECONDS if self.session.clocked else _LOOK_SECONDS)
         n = self.recorder.poll()
-        if time.monotonic() - self._refreshed > _REFRESH_SECONDS:
+        settled = self.session.clocked and self.session.target.mapped_bytes
+        if time.monotonic() - self._refreshed > (_REFRESH_SECONDS if settled else _LOOK_SECONDS):
             self._refreshed = time.monotonic()
             self.session.refresh()
         return n

@@ -1,9 +1,10 @@
 """Kernel headers for BCC, found or put together without touching the system.
 
-BCC compiles against ``/lib/modules/$(uname -r)/{build,source}``. Where the running kernel has none (cloud kernels, WSL2,
-micro-VMs) any recent headers do, for our programs read no kernel struct: tracepoint arguments come from tracefs, and
-what uprobes read is the traced process's memory. :func:`find` says which to use; :func:`present` shows them to this
-process alone, by a bind mount in a private mount namespace (so it belongs in a short-lived child).
+BCC compiles against ``/lib/modules/$(uname -r)/{build,source}``, or against one complete tree that the environment
+names. Where the running kernel has no headers (cloud kernels, WSL2, micro-VMs) any recent ones do, for our programs
+read no kernel struct: tracepoint arguments come from tracefs, and what uprobes read is the traced process's memory.
+:func:`find` says which to use; :func:`present` shows them to this process and its children alone, so it belongs in a
+short-lived child. docs/requirements.md has the whole story.
 """
 
 from __future__ import annotations
@@ -11,103 +12,177 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
 
 __all__ = ["Headers", "find", "present"]
 
-_CLONE_NEWNS = 0x00020000
-_MS_BIND = 4096
-_MS_REC = 16384
-_MS_PRIVATE = 1 << 18
-_REMEDY = (
-    "install kernel headers: apt-get install linux-headers-$(uname -r), or, where the running kernel has none, those of "
-    "any recent kernel (Debian: linux-headers-amd64, Ubuntu: linux-headers-generic, Fedora: kernel-devel)"
+_MODULES: Final = Path("/lib/modules")
+_SOURCES: Final = Path("/usr/src")
+_ARCHIVE: Final = Path("/sys/kernel/kheaders.tar.xz")  # CONFIG_IKHEADERS; BCC unpacks it by itself
+_VARIABLE: Final = "BCC_KERNEL_SOURCE"  # a complete tree; src/cc/frontends/clang/loader.cc
+_CLONE_NEWNS: Final = 0x00020000
+_MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
+_REMEDY: Final = (
+    "install kernel headers: apt-get install linux-headers-$(uname -r), or, where the running kernel has none, those "
+    "of any recent kernel (Debian: linux-headers-amd64, Ubuntu: linux-headers-generic, Fedora: kernel-devel)"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """Where the headers are: ``build`` (generated part) and ``source``; ``exact`` if they are the running kernel's."""
+    """Kernel headers.
+
+    Attributes:
+        build: the generated part.
+        source: the rest; the same folder where a distribution does not split them.
+        exact: whether they are the running kernel's.
+        in_place: whether BCC finds them by itself.
+    """
 
     build: Path
     source: Path
     exact: bool
+    in_place: bool
 
     def __str__(self) -> str:
         return f"{self.build}" + ("" if self.exact else " (not the running kernel's; sufficient)")
 
 
-def _usable(build: Path, source: Path) -> bool:
-    return (build / "include/generated/autoconf.h").is_file() and (source / "include/linux/kconfig.h").is_file()
+def find(
+    modules: Path = _MODULES,
+    sources: Path = _SOURCES,
+    release: str | None = None,
+    archive: Path = _ARCHIVE,
+    chosen: str | None = None,
+) -> Headers:
+    """Return the headers to compile with.
 
+    In this order: what BCC's own environment variable names; the running kernel's in ``modules``; the archive that
+    the kernel carries; any other kernel's: the newest that is not newer than the running one (the installed LLVM and
+    BCC may be too old for much newer headers), else the oldest.
 
-def _version(path: Path) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", path.name))
-
-
-def find(modules: Path = Path("/lib/modules"), sources: Path = Path("/usr/src"), release: str | None = None) -> Headers:
-    """Return the headers to compile with: the running kernel's, else the newest that are installed.
+    Args:
+        modules: ``/lib/modules``.
+        sources: ``/usr/src``.
+        release: the running kernel's, as ``uname -r`` has it.
+        archive: of the headers in the kernel itself.
+        chosen: the value of BCC_KERNEL_SOURCE; taken from the environment by default.
 
     Raises:
         LlmtracedError: there are none; the message says what to install.
     """
     release = release or os.uname().release
+    chosen = os.environ.get(_VARIABLE, "") if chosen is None else chosen
+    if chosen:
+        folder = Path(chosen)
+        if not _usable(folder, folder):
+            raise LlmtracedError(f"{_VARIABLE}={chosen} is no complete tree of kernel headers; unset it", UNSUPPORTED)
+        return Headers(folder, folder, exact=_version(folder) == _numbers(release), in_place=True)
     build, source = modules / release / "build", modules / release / "source"
-    if _usable(build, source if source.exists() else build):
-        return Headers(build, source if source.exists() else build, exact=True)
+    if _usable(build, source if source.is_dir() else build):  # the very choice that BCC makes
+        return Headers(build, source if source.is_dir() else build, exact=True, in_place=True)
+    if archive.is_file():
+        return Headers(archive, archive, exact=True, in_place=True)
+    ours = _numbers(release)
     found: list[tuple[tuple[int, ...], Headers]] = []
-    for folder in [*sources.glob("linux-headers-*"), *sources.glob("kernels/*"), *modules.glob("*/build")]:
-        # Debian splits them: linux-headers-V-ARCH (generated) and linux-headers-V-common; Ubuntu links one to the other.
-        common = folder.parent / re.sub(r"-[^-]+$", "-common", folder.name)
-        for source in (folder, folder.parent / "source", common):
+    for folder in _candidates(modules, sources):
+        for source in (folder, folder.parent / "source", *_named_source(folder)):
             if _usable(folder, source):
-                found.append((_version(folder), Headers(folder.resolve(), source.resolve(), exact=False)))
+                version = _version(folder)
+                headers = Headers(folder.resolve(), source.resolve(), exact=version == ours, in_place=False)
+                found.append((version, headers))
                 break
     if not found:
         raise LlmtracedError(f"no kernel headers for {release} or any other kernel; {_REMEDY}", UNSUPPORTED)
-    return max(found, key=lambda item: item[0])[1]
+    older = [item for item in found if item[0] <= ours]
+    return (max(older, key=lambda i: i[0]) if older else min(found, key=lambda i: i[0]))[1]
+
+
+def _candidates(modules: Path, sources: Path) -> Iterator[Path]:
+    """Yield folders that may be the generated part of some kernel's headers."""
+    # Debian and Ubuntu; Fedora and its family; SUSE (linux-V-obj/ARCH/FLAVOUR); what every kernel's modules link to
+    for base, pattern in (
+        (sources, "linux-headers-*"),
+        (sources, "kernels/*"),
+        (sources, "linux-*-obj/*/*"),
+        (modules, "*/build"),
+    ):
+        yield from sorted(base.glob(pattern))
+
+
+def _usable(build: Path, source: Path) -> bool:
+    return (
+        (build / "include/generated/autoconf.h").is_file()
+        and (build / "arch/x86/include/generated").is_dir()  # not those of another architecture
+        and (source / "include/linux/kconfig.h").is_file()
+    )
+
+
+def _named_source(build: Path) -> list[Path]:
+    """Return the source that a split tree's Makefile includes (Debian's ``-common``, SUSE's ``linux-V``)."""
+    try:
+        text = (build / "Makefile").read_text(errors="replace")
+    except OSError:
+        return []
+    return [build / name for name in re.findall(r"^include\s+(\S+)/Makefile\s*$", text, re.MULTILINE)]
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", release))
+
+
+def _version(build: Path) -> tuple[int, ...]:
+    """Return the numbers in the release that the headers are of; empty if they do not say."""
+    try:
+        text = (build / "include/generated/utsrelease.h").read_text(errors="replace")
+    except OSError:
+        return ()
+    match = re.search(r'UTS_RELEASE "([^"]*)"', text)
+    return _numbers(match[1]) if match else ()
 
 
 def present(headers: Headers) -> None:
     """Show ``headers`` as the running kernel's to this process and its children only.
 
-    Moves the process into a private mount namespace; nothing outside sees it, and it ends with the process. With exact
-    headers nothing is done.
+    A complete tree is named to BCC in the environment. The halves of a split one become links in a tmpfs, mounted over
+    ``/lib/modules`` in a mount namespace of this process's own: nothing outside sees it, nothing is written to any
+    disk, and it ends with the process. Headers that are in place need nothing.
 
     Raises:
-        LlmtracedError: the namespace or the mount was refused.
+        LlmtracedError: the namespace or a mount was refused, or there is no ``/lib/modules`` to mount on.
     """
-    if headers.exact:
+    if headers.in_place:
         return
+    if _usable(headers.build, headers.build):
+        os.environ[_VARIABLE] = str(headers.build)
+        return
+    if not _MODULES.is_dir():
+        why = f"there is no {_MODULES}; mkdir {_MODULES}"
+        raise LlmtracedError(f"cannot show kernel headers to BCC: {why}", UNSUPPORTED)
+    release = os.uname().release
     libc = ctypes.CDLL(None, use_errno=True)
-    folder = Path(tempfile.mkdtemp(prefix="llmtraced-headers-"))
-    (folder / os.uname().release).mkdir()
-    (folder / os.uname().release / "build").symlink_to(headers.build)
-    (folder / os.uname().release / "source").symlink_to(headers.source)
 
-    def mount(source: str | None, target: str, flags: int) -> None:
-        if libc.mount(source.encode() if source else None, target.encode(), None, flags, None):
-            error = os.strerror(ctypes.get_errno())
-            raise LlmtracedError(f"cannot show kernel headers to BCC: mount {target}: {error}; {_REMEDY}", UNSUPPORTED)
+    def done(result: int, what: str) -> None:
+        if result:
+            why = os.strerror(ctypes.get_errno())
+            raise LlmtracedError(f"cannot show kernel headers to BCC: {what}: {why}; {_REMEDY}", UNSUPPORTED)
 
-    if libc.unshare(_CLONE_NEWNS):
-        error = os.strerror(ctypes.get_errno())
-        raise LlmtracedError(f"cannot show kernel headers to BCC: unshare: {error}; {_REMEDY}", UNSUPPORTED)
-    mount(None, "/", _MS_REC | _MS_PRIVATE)
-    modules = Path("/lib/modules")
-    if not modules.is_dir():  # a kernel without modules: give /lib a copy-free overlay is overkill; say what to do
-        raise LlmtracedError(
-            "cannot show kernel headers to BCC: there is no /lib/modules; mkdir /lib/modules", UNSUPPORTED
-        )
-    # The links point outside /lib/modules unless the distribution put its headers there: keep those reachable.
-    if headers.build.is_relative_to(modules):
-        (folder / os.uname().release / "build").unlink()
-        (folder / os.uname().release / "source").unlink()
-        for name, path in (("build", headers.build), ("source", headers.source)):
-            (folder / os.uname().release / name).mkdir()
-            mount(str(path), str(folder / os.uname().release / name), _MS_BIND | _MS_REC)
-    mount(str(folder), str(modules), _MS_BIND | _MS_REC)
+    done(libc.unshare(_CLONE_NEWNS), "unshare (in a container: allow it, or run llmtraced on the host)")
+    done(libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None), "mount --make-rprivate /")
+    # Other kernels' folders stay where they are, for the headers may be in one of them: held open, then bound again.
+    names = [p.name for p in _MODULES.iterdir() if p.name != release and p.is_dir()]
+    held = {name: os.open(_MODULES / name, os.O_PATH | os.O_CLOEXEC) for name in names}
+    done(libc.mount(b"tmpfs", bytes(_MODULES), b"tmpfs", 0, b"mode=755"), f"mount tmpfs on {_MODULES}")
+    for name, fd in held.items():
+        (_MODULES / name).mkdir()
+        bind = (b"/proc/self/fd/%d" % fd, bytes(_MODULES / name), None, _MS_BIND | _MS_REC, None)
+        done(libc.mount(*bind), f"mount --bind {_MODULES / name}")
+        os.close(fd)
+    (_MODULES / release).mkdir()
+    (_MODULES / release / "build").symlink_to(headers.build)
+    (_MODULES / release / "source").symlink_to(headers.source)

@@ -32,7 +32,7 @@ from llmtraced.resolve import Resolver
 from llmtraced.rows import RowMaker, TokenBook
 from llmtraced.schema import EVENT, TABLES, Detail, Kind, Phase, Probe
 from llmtraced.store import TraceWriter
-from llmtraced.target import Target, cgroup_of, maps, scan
+from llmtraced.target import Mapping, Target, cgroup_of, maps, scan
 
 __all__ = ["Recorder", "Session", "session_metadata", "session_name"]
 
@@ -97,6 +97,8 @@ class Session:
         self._weights: dict[int, tuple[int, int]] = {}
         self._graphs_read: set[int] = set()
         self._tries = 0
+        self._maps: list[Mapping] = []
+        self._warned: set[str] = set()
         self._batch_sizes: dict[int, tuple[int, int, int]] = {}
         self._ranges: list[tuple[int, int, int, int]] = []
         self._book = TokenBook(clock.monotonic_ns(), int(phase))
@@ -132,24 +134,33 @@ class Session:
         extents = Resolver({label: model}, {(label, shard): number}).extents(number)
         self.tracer.add_file(number, self.slot, device, inode, model.shards[shard].size, extents)
 
+    @property
+    def clocked(self) -> bool:
+        """Whether the process's graphs are seen."""
+        return bool(self.tracer.uprobes(self.slot))
+
     def refresh(self) -> None:
-        """Look where the process has its models now; servers unmap what they do not need, and map more."""
-        inodes = {f.inode: self.files[f.label, f.shard] for f in self.target.files}
+        """Look where the process has its models, and its ggml, now: it may still be loading, or unmap and map more."""
         found = maps(self.target.pid)
-        ranges = sorted((m.start, m.end, m.offset, inodes[m.inode]) for m in found if m.inode in inodes)
-        if ranges == self._ranges:
+        if found == self._maps:
             return
+        self._maps = found
         for target in scan([self.target.pid]):
             self.target = target
             self._register(target)
+        if not self.clocked:
+            self.set_detail(self.detail)
 
     def set_detail(self, detail: Detail) -> None:
         """Turn the dial."""
         self.detail = detail
+        if "ggml_graph_compute" not in self.target.symbols and not self.target.mapped_bytes:
+            return  # still loading its libraries
         lost = self.tracer.set_detail(self.slot, detail, self.target.symbols, all_ops=bool(self.unbacked))
         self.problems = [p for p in self.problems if not p.startswith(("uprobe", "uretprobe"))] + lost
-        for sentence in lost:
+        for sentence in set(lost) - self._warned:
             log.warning("process %d: %s", self.target.pid, sentence)
+        self._warned |= set(lost)
 
     def _look_at_graphs(self, marks: NDArray[Any]) -> None:
         """Learn from the graphs being evaluated: the layout, once; which weights are where, for each kind of graph."""
@@ -369,8 +380,8 @@ def session_metadata(target: Target, detail: Detail) -> dict[str, Any]:
 
 
 def session_name(target: Target) -> str:
-    """Return what names this process for good: boot, pid, start."""
-    return f"{clock.boot_id()[:8]}-{target.pid}-{target.start}"
+    """Return what names this recording for good: boot, pid, the process's start and the recording's (ms)."""
+    return f"{clock.boot_id()[:8]}-{target.pid}-{target.start}.{clock.monotonic_ns() // 1_000_000}"
 
 
 class Recorder:
@@ -379,14 +390,23 @@ class Recorder:
     Args:
         tracer: to poll.
         flush_seconds: how old a record may be before it is in a file.
+
+    Attributes:
+        sessions: by slot; held under :attr:`lock` where another thread looks.
+        unsettled: intervals whose account did not add up in time.
+        events: records read.
+        bytes_written, write_errors: of trace files.
     """
 
     def __init__(self, tracer: Tracer, flush_seconds: float = 5.0) -> None:
         self.tracer = tracer
         self.flush_seconds = flush_seconds
         self.sessions: dict[int, Session] = {}
+        self.lock = threading.Lock()
         self.unsettled = 0
         self.events = 0
+        self.bytes_written = 0
+        self.write_errors = 0
         self._flushed = time.monotonic()
         self._jobs: queue.Queue[tuple[Session, NDArray[Any], Account, bool] | None] = queue.Queue(_QUEUED_FILES)
         self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
@@ -399,8 +419,9 @@ class Recorder:
             LlmtracedError: it cannot be traced.
         """
         session = Session(self.tracer, target, writer, detail, phase)
-        self.sessions[session.slot] = session
-        session.write_tensors()
+        with self.lock:
+            self.sessions[session.slot] = session
+        self._write_tensors(session)
         return session
 
     def remove(self, session: Session) -> None:
@@ -408,12 +429,17 @@ class Recorder:
         self.tracer.remove_process(session.slot)
         self.flush(last=session)
         self._jobs.join()
+        self._write_tensors(session)
+        with self.lock:
+            del self.sessions[session.slot]
+            self.tracer.free(session.slot)
+
+    def _write_tensors(self, session: Session) -> None:
         try:
             session.write_tensors()
         except LlmtracedError as error:
+            self.write_errors += 1
             log.error("%s", error)
-        del self.sessions[session.slot]
-        self.tracer.free(session.slot)
 
     def poll(self) -> int:
         """Read what has come; flush when it is time. Returns the number of records."""
@@ -457,8 +483,11 @@ class Recorder:
     def _write(self) -> None:
         while (job := self._jobs.get()) is not None:
             session, events, account, last = job
+            before = sum(session.writer.bytes.values())
             try:
                 session.write(events, account, last=last)
+                self.bytes_written += sum(session.writer.bytes.values()) - before
+                self.write_errors += session.write_error is not None
             except Exception:
                 log.exception("writing the trace of process %d failed", session.target.pid)
             finally:

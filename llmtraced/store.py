@@ -43,7 +43,7 @@ class TraceWriter:
     """Writes the tables of one session into a trace folder.
 
     Args:
-        folder: the trace; made if it is not there.
+        folder: the trace, made if it is not there; None: nothing is written.
         session: names the traced process for good; file names begin with it.
         metadata: of the session, for every file's footer.
         partition: hive folders below each table, such as ``host=a/model=b/date=c``; none by default.
@@ -52,7 +52,7 @@ class TraceWriter:
         rows, bytes: written so far, by table.
     """
 
-    def __init__(self, folder: Path, session: str, metadata: Mapping[str, Any], partition: str = "") -> None:
+    def __init__(self, folder: Path | None, session: str, metadata: Mapping[str, Any], partition: str = "") -> None:
         self.folder = folder
         self.session = session
         self.partition = partition
@@ -61,7 +61,7 @@ class TraceWriter:
         self._metadata = {"schema_version": SCHEMA_VERSION, "session": session, **metadata}
         self._sequence: dict[str, int] = dict.fromkeys(TABLES, 0)
 
-    def write(self, name: str, table: pa.Table, probe: str, account: Mapping[str, Mapping[str, int]]) -> Path:
+    def write(self, name: str, table: pa.Table, probe: str, account: Mapping[str, Mapping[str, int]]) -> None:
         """Write one file of table ``name``.
 
         Args:
@@ -73,6 +73,8 @@ class TraceWriter:
         Raises:
             LlmtracedError: it cannot be written (disk full, read-only); nothing of it is left.
         """
+        if self.folder is None:
+            return
         folder = self.folder / name / self.partition
         final = folder / f"{self.session}-{self._sequence[name]:06d}.parquet"
         temporary = folder / f".tmp-{final.name}"
@@ -99,13 +101,12 @@ class TraceWriter:
         self._sequence[name] += 1
         self.rows[name] += table.num_rows
         self.bytes[name] += size
-        return final
 
-    def rewrite(self, name: str, table: pa.Table) -> Path:
+    def rewrite(self, name: str, table: pa.Table) -> None:
         """Write the table ``name`` as one file in the place of what was written of it before."""
         self._sequence[name] = 0
         self.rows[name] = 0
-        return self.write(name, table, "", {})
+        self.write(name, table, "", {})
 
 
 def clean_leftovers(folder: Path) -> int:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,8 +32,10 @@ __all__ = [
     "cgroup_of",
     "find_symbol",
     "find_target",
+    "from_arguments",
     "gguf_arguments",
     "maps",
+    "parse_maps",
     "scan",
     "start_ticks",
 ]
@@ -41,7 +43,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _MAPS_LINE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)")
-_OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +103,28 @@ def start_ticks(pid: int) -> int:
 def maps(pid: int) -> list[Mapping]:
     """Return the file-backed mappings of ``pid``, by address; an empty list if it is gone or not ours to see."""
     try:
-        text = Path(f"/proc/{pid}/maps").read_bytes()
+        return parse_maps(Path(f"/proc/{pid}/maps").read_bytes())
     except OSError:
         return []
+
+
+def parse_maps(text: bytes) -> list[Mapping]:
+    r"""Return the file-backed mappings in a ``/proc/PID/maps``.
+
+    The kernel writes a path as it is but for newlines, which become ``\012`` (fs/proc/task_mmu.c); a path that has
+    these four characters cannot be told from it, nor one that ends in `` (deleted)``: :func:`reachable` copes.
+    """
     found = []
-    for line in text.splitlines():
+    for line in text.split(b"\n"):  # not splitlines: a path may hold a carriage return
         match = _MAPS_LINE.fullmatch(line)
         if not match or match[7] == b"0" or not match[8].startswith(b"/"):
             continue
         raw = match[8]
         deleted = raw.endswith(b" (deleted)")
-        raw = _OCTAL.sub(lambda m: bytes([int(m[1], 8)]), raw.removesuffix(b" (deleted)"))
+        path = os.fsdecode(raw.removesuffix(b" (deleted)").replace(b"\\012", b"\n"))
         device = int(match[5], 16) << 20 | int(match[6], 16)
-        numbers = int(match[1], 16), int(match[2], 16), match[3].decode("ascii"), int(match[4], 16)
-        found.append(Mapping(*numbers, device, int(match[7]), os.fsdecode(raw), deleted))
+        numbers = int(match[1], 16), int(match[2], 16), match[3].decode("ascii", "replace"), int(match[4], 16)
+        found.append(Mapping(*numbers, device, int(match[7]), path, deleted))
     return found
 
 
@@ -143,11 +152,11 @@ def gguf_arguments(arguments: Iterable[str], root: str = "", cwd: str = "/") -> 
     """Return those command-line arguments that name existing GGUF files, as paths below ``root``."""
     found = []
     for argument in arguments:
-        value = argument.partition("=")[2] or argument
-        if ".gguf" in value:
+        for value in (argument, argument.partition("=")[2]):  # --model=FILE; but a path may have a "=" of its own
             path = root + os.path.join(cwd, value)
-            if path not in found and is_gguf(path):
+            if ".gguf" in value and path not in found and is_gguf(path):
                 found.append(path)
+                break
     return found
 
 
@@ -238,6 +247,27 @@ def find_target(pid: int) -> Target:
     return target
 
 
+def from_arguments(pid: int, command: Sequence[str]) -> Target | None:
+    """Return the target that ``pid`` will be once it has become ``command``, or None if that names no GGUF file."""
+    target = Target(pid, start_ticks(pid), os.path.basename(command[0])[:15], list(command))
+    _take_models(target, gguf_arguments(command, cwd=os.getcwd()), [])
+    return target if target.models else None
+
+
+_MODELS: dict[tuple[str, int, int, int, int], Model] = {}
+
+
+def _read_model(path: str) -> Model:
+    """Return the model at ``path``, read once for as long as the file stays what it was: reading it fills the cache."""
+    status = os.stat(path)
+    key = (path, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+    if key not in _MODELS:
+        if len(_MODELS) > 64:
+            _MODELS.clear()
+        _MODELS[key] = read_model(path)
+    return _MODELS[key]
+
+
 _GGUF_BY_INODE: dict[tuple[int, int, int], bool] = {}
 
 
@@ -274,29 +304,34 @@ def _look(pid: int) -> Target | None:
         return None
     comm = Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
     target = Target(pid, start_ticks(pid), comm, command)
+    _take_models(target, paths, mapped)
+    return target if target.models else None
+
+
+def _take_models(target: Target, paths: Sequence[str], mapped: Sequence[Mapping]) -> None:
+    """Read the models at ``paths`` into ``target``, with where they are ``mapped``."""
     shards_seen: set[tuple[int, int]] = set()
     for path in paths:
         try:
             identity = kernel_device(path)
             if identity in shards_seen:
                 continue
-            model = read_model(path)
+            model = _read_model(path)
         except (LlmtracedError, OSError) as error:
             target.problems.append(str(error))
             continue
         label = model.shards[0].path.name
         if path.startswith("/proc/") and "/map_files/" in path:  # deleted or replaced: only the mapping has it now
-            label = next(os.path.basename(m.path) for m in mapped if reachable(pid, m) == path)
+            label = next(os.path.basename(m.path) for m in mapped if reachable(target.pid, m) == path)
         while label in target.models:
             label += "'"
         target.models[label] = model
         for number, shard in enumerate(model.shards):
             device, inode = kernel_device(shard.path)
             shards_seen.add((device, inode))
-            mine = tuple(m for m in mapped if m.inode == inode and _same_file(pid, m, shard.path))
+            mine = tuple(m for m in mapped if m.inode == inode and _same_file(target.pid, m, shard.path))
             # btrfs and overlayfs print another device in maps and tracepoints than stat gives: believe the mapping.
             target.files.append(ModelFile(label, number, mine[0].device if mine else device, inode, mine))
-    return target if target.models else None
 
 
 def _same_file(pid: int, mapping: Mapping, path: Path) -> bool:
@@ -368,11 +403,11 @@ def elf_functions(path: str, prefix: bytes) -> dict[str, int]:
     return found
 
 
-def cgroup_of(pid: int) -> Cgroup | None:
+def cgroup_of(pid: int, proc: Path = Path("/proc")) -> Cgroup | None:
     """Return the memory cgroup of ``pid``, or None where no memory controller is mounted."""
     try:
-        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
-        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+        lines = (proc / str(pid) / "cgroup").read_text().splitlines()
+        mounts = (proc / "self" / "mountinfo").read_text().splitlines()
     except OSError:
         return None
     v1 = v2 = None

@@ -33,7 +33,10 @@ def summary(trace: Trace, phase: str | None = None, top: int = 10) -> dict[str, 
         "session": trace.session,
         "sessions": list(trace.sessions),
         "models": list(trace.meta["models"]),
-        **{key: trace.meta.get(key) for key in ("tool_version", "kernel", "pid", "command", "detail")},
+        **{
+            key: trace.meta.get(key)
+            for key in ("tool_version", "kernel", "pid", "command", "cgroup_limit_bytes", "detail")
+        },
         "started": _started(trace),
         "duration_ns": 0 if trace.first_ns is None or trace.last_ns is None else trace.last_ns - trace.first_ns,
         "phase": phase,

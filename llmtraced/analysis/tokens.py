@@ -19,7 +19,7 @@ SPREAD: Final = ("duration_ns", "stall_ns", "bytes_read", "major_faults", "minor
 
 
 def per_token(trace: Trace, phase: str | None = None) -> pl.DataFrame:
-    """Return one row a token (a graph evaluation), in order.
+    """Return one row a token (a graph evaluation), in order; token 0, the time before the first graph, is left out.
 
     Columns: ``token``, ``phase``, ``start_ns``, ``duration_ns`` (null: its end was not seen), ``n_tokens``,
     ``n_outputs``, ``stall_ns``, ``stall_share`` (of the duration, 0 to 1), ``fault_ns``, ``bytes_read``, one of
@@ -30,7 +30,7 @@ def per_token(trace: Trace, phase: str | None = None) -> pl.DataFrame:
     read = pl.sum_horizontal(CAUSE_BYTES) if trace.rows["pagecache"] else pl.col("bytes_read").fill_null(0)
     duration = pl.col("end_ns") - pl.col("start_ns")
     return (
-        collect(trace.table("tokens", phase))
+        collect(trace.table("tokens", phase).filter(pl.col("token") > 0))
         .join(by_cause, on="token", how="left")
         .with_columns(
             pl.col("phase").cast(pl.String),
@@ -73,13 +73,15 @@ def tokens(trace: Trace, phase: str | None = None) -> dict[str, Any]:
 def _spread(phase: str, rows: pl.DataFrame) -> dict[str, Any]:
     """Return one phase's figures: graphs, n_tokens, tokens_per_second, totals, and mean, p50, p90, p99, max of each."""
     ended = rows.filter(pl.col("duration_ns").is_not_null())
+    stalls = ended.filter(pl.col("stall_ns").is_not_null())
     seconds = int(ended["duration_ns"].sum()) / 1e9
+    stallable = int(stalls["duration_ns"].sum())
     return {
         "phase": phase,
         "graphs": rows.height,
         "n_tokens": int(rows["n_tokens"].sum()),
         "tokens_per_second": int(ended["n_tokens"].sum()) / seconds if seconds else None,
-        "stall_share": int(ended["stall_ns"].sum()) / 1e9 / seconds if seconds else None,
+        "stall_share": int(stalls["stall_ns"].sum()) / stallable if stallable else None,
         "total": {column: int(rows[column].sum()) for column in (*SPREAD, *CAUSE_BYTES)},
         **{column: _percentiles(rows[column]) for column in SPREAD},
     }

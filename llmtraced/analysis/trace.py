@@ -28,7 +28,7 @@ ACCOUNT: Final = ("counted", "delivered", "dropped", "missed")
 """The figures kept for each probe; the units are the probe's own (events, pages, records)."""
 
 _METADATA: Final = b"llmtraced"
-_CLOCKS: Final = ("timestamp", "start_ns", "end_ns")
+_CLOCKS: Final = ("timestamp", "start_ns")
 _TICK_NS: Final = 10_000_000  # USER_HZ is 100 on every Linux that we run on
 _EXPECTED: Final = (
     "a trace is the folder that `llmtraced record -o TRACE` or the daemon wrote, with sub-folders such as "
@@ -50,7 +50,7 @@ class Trace:
         rows: rows per table, from the footers.
         tensors: the tensor map, one row a tensor, in file order.
         account: per probe, the sum over the session's files of :data:`ACCOUNT`.
-        first_ns: the first time recorded, CLOCK_MONOTONIC ns; None when nothing was.
+        first_ns: the first time recorded, CLOCK_MONOTONIC ns (token 0 begins with the recording); None: no rows.
         last_ns: the last time recorded, CLOCK_MONOTONIC ns.
         notes: what the reader of a report has to know: files left out, sessions not shown.
     """
@@ -106,11 +106,11 @@ class _File:
         return int(self.meta["schema_version"])
 
     @property
-    def began(self) -> int:
-        """When the file's first row happened, else when its process started; wall-clock ns."""
+    def began(self) -> tuple[bool, int]:
+        """When it began, wall-clock ns: by its first row (False), else by the start of its process (True)."""
         ticks = re.search(r"-(\d+)$", self.session)
         start = self.first_ns if self.first_ns is not None else int(ticks.group(1)) * _TICK_NS if ticks else 0
-        return start + int(self.meta.get("realtime_offset_ns") or 0)
+        return self.first_ns is None, start + int(self.meta.get("realtime_offset_ns") or 0)
 
 
 def open_trace(path: str | Path, session: str | None = None) -> Trace:
@@ -126,10 +126,10 @@ def open_trace(path: str | Path, session: str | None = None) -> Trace:
     folder = Path(path)
     notes: list[str] = []
     files = _footers(folder, notes)
-    began: dict[str, int] = {}
+    began: dict[str, tuple[bool, int]] = {}  # the smaller one counts, so a row goes before a process's start
     for file in files:
         began[file.session] = min(file.began, began.get(file.session, file.began))
-    sessions = tuple(sorted(began, key=lambda name: (began[name], name)))
+    sessions = tuple(sorted(began, key=lambda name: (began[name][1], name)))
     chosen = _choose(sessions, session, folder)
     if session is None and len(sessions) > 1:
         others = ", ".join(printable(name) for name in sessions[:-1][-5:])
@@ -137,7 +137,7 @@ def open_trace(path: str | Path, session: str | None = None) -> Trace:
             f"the trace holds {len(sessions)} sessions and this is the newest, {printable(chosen)}; "
             f"see another with --session (the ones before: {others})"
         )
-    files = sorted((file for file in files if file.session == chosen), key=lambda file: (file.began, file.path.name))
+    files = sorted((file for file in files if file.session == chosen), key=lambda file: (file.first_ns or 0, file.path))
     for file in files:
         if file.version > SCHEMA_VERSION:
             raise LlmtracedError(
@@ -149,6 +149,7 @@ def open_trace(path: str | Path, session: str | None = None) -> Trace:
     for file in files:
         by_table[file.table].append(file)
     tables = {name: _scan(name, [file.path for file in by_table[name]]) for name in TABLES}
+    ended = collect(tables["tokens"].select(pl.col("end_ns").max())).item()
     return Trace(
         path=folder,
         session=chosen,
@@ -159,7 +160,7 @@ def open_trace(path: str | Path, session: str | None = None) -> Trace:
         tensors=_tensors(tables["tensors"]),
         account=_account(files),
         first_ns=min((file.first_ns for file in files if file.first_ns is not None), default=None),
-        last_ns=max((file.last_ns for file in files if file.last_ns is not None), default=None),
+        last_ns=max((ns for ns in (*(file.last_ns for file in files), ended) if ns is not None), default=None),
         notes=tuple(notes),
     )
 

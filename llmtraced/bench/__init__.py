@@ -1,0 +1,1 @@
+"""Measurements of this tool, and what they run on: engines, models, memory pressure, known workloads."""

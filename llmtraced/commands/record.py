@@ -18,7 +18,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from llmtraced.commands._values import duration, size
+from llmtraced.values import duration, size
 from llmtraced.errors import USAGE, LlmtracedError
 from llmtraced.schema import Detail
 

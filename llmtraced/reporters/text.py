@@ -5,6 +5,7 @@ Every name that came from a model file or another process passes :func:`llmtrace
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -177,14 +178,16 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         key: ", ".join(f"{printable(name)} {size(n)}" for name, n in report[f"bytes_by_{key}"].items())
         for key in ("cause", "process")
     }
+    command = report["command"] or "?"
+    command = command if isinstance(command, str) else shlex.join(str(word) for word in command)
+    models = [f"{printable(str(model.get('model')))} ({size(model.get('size_bytes'))})" for model in report["models"]]
+    recorded = f"{report['started'] or '?'}, {duration(report['duration_ns'])}, detail {report['detail']}"
     return [
-        (
-            "model",
-            ", ".join(f"{printable(str(m.get('model')))} ({size(m.get('size_bytes'))})" for m in report["models"]),
-        ),
-        ("process", printable(f"{report['command'] or '?'} (pid {report['pid']}), session {report['session']}")),
+        ("model", ", ".join(models)),
+        ("process", f"{printable(command)} (pid {report['pid']}), session {printable(report['session'])}"),
+        ("memory limit", size(report["cgroup_limit_bytes"]) if report["cgroup_limit_bytes"] else ""),
         ("kernel", printable(str(report["kernel"] or ""))),
-        ("recorded", f"{report['started'] or '?'}, {duration(report['duration_ns'])}, detail {report['detail']}"),
+        ("recorded", printable(recorded)),
         ("phase", report["phase"] or ""),
         (
             "page faults",

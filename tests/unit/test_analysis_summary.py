@@ -39,6 +39,13 @@ def test_what_was_traced(trace: Trace) -> None:
     assert [model["model"] for model in report["models"]] == ["m.gguf"]
     assert report["started"] == "2023-11-14T22:13:20+00:00"
     assert report["duration_ns"] == 7_000_000_000
+    assert report["cgroup_limit_bytes"] is None
+
+
+def test_the_last_token_ends_the_recording_where_nothing_was_read_after_it(tmp_path: Path) -> None:
+    build = Builder(tmp_path / "trace")
+    build.write("tokens", [{"token": 0, "start_ns": 100, "end_ns": 200}, {"token": 1, "start_ns": 200, "end_ns": 950}])
+    assert summary(open_trace(build.path))["duration_ns"] == 850
 
 
 def test_totals(trace: Trace) -> None:

@@ -96,6 +96,23 @@ def test_a_token_that_never_ended_is_listed_but_not_timed(trace: Builder) -> Non
     assert decode["tokens_per_second"] == pytest.approx(100)
 
 
+def test_token_0_is_the_time_before_the_first_graph_and_no_token(trace: Builder) -> None:
+    zero = {"n_tokens": None, "n_outputs": None, "graph_nodes": None, "stall_ns": None, "phase": "load"}
+    trace.write("tokens", [token(0, 900, **zero), token(1, 10)])
+    trace.write("pagecache", [{"token": 0, "bytes": 5, "offset_bytes": 0, "tensor_name": None, "phase": "load"}])
+    report = tokens(open_trace(trace.path))
+    assert [row["token"] for row in report["tokens"]] == [1]
+    assert [phase["phase"] for phase in report["phases"]] == ["decode"]
+    assert report["outside_bytes_read"] == 5
+
+
+def test_the_stall_share_is_of_tokens_whose_stall_is_known(trace: Builder) -> None:
+    trace.write("tokens", [token(1, 10, stall_ns=5_000_000), token(2, 1000, stall_ns=None)])
+    (decode,) = tokens(open_trace(trace.path))["phases"]
+    assert decode["stall_share"] == pytest.approx(0.5)
+    assert decode["tokens_per_second"] == pytest.approx(2 / 1.01)
+
+
 def test_a_phase_alone(trace: Builder) -> None:
     trace.write("tokens", [token(1, 1, phase="prompt"), token(2, 1)])
     report = tokens(open_trace(trace.path), "decode")

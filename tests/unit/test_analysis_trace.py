@@ -225,19 +225,21 @@ def test_a_newer_format_is_refused(trace: Builder) -> None:
 
 
 def test_the_newest_session_is_the_one_that_began_last(trace: Builder) -> None:
-    early, late = "0badcafe-100-5000", "0badcafe-200-4000"  # the process that is older was traced later
-    trace.write("tokens", [{"start_ns": 90, "end_ns": 99}], session=late)
-    trace.write("tokens", [{"start_ns": 10, "end_ns": 95}], session=early)
+    second = 10**9
+    early, late = "0badcafe-100-5000", "0badcafe-200-4000"  # started after 50 s and 40 s: the older was traced later
+    trace.write("tokens", [{"start_ns": 90 * second, "end_ns": 99 * second}], session=late)
+    trace.write("tokens", [{"start_ns": 60 * second, "end_ns": 95 * second}], session=early)
+    trace.write("tensors", [], session=early)
     trace.write("tensors", [], session=late)
     opened = open_trace(trace.path)
     assert opened.sessions == (early, late)
     assert opened.session == late
     assert early in opened.notes[0]
-    assert (opened.first_ns, opened.last_ns) == (90, 99)
+    assert (opened.first_ns, opened.last_ns) == (90 * second, 99 * second)
     chosen = open_trace(trace.path, "0badcafe-1")
     assert chosen.session == early
     assert chosen.notes == ()
-    assert collect(chosen.table("tokens"))["start_ns"].to_list() == [10]
+    assert collect(chosen.table("tokens"))["start_ns"].to_list() == [60 * second]
 
 
 def test_a_later_boot_is_newer_although_its_clock_began_again(trace: Builder) -> None:

@@ -21,7 +21,12 @@ def folder(tmp_path: Path) -> str:
     build.tensor(("copied", 1_670_002_000, 10), backed=False)
     for _ in range(2):
         build.adds((EVIL, 0, 1_670_000_000), ("blk.0.ffn_up.weight", 1_670_000_000, 1000), comm="e\x1b[2Jil")
-    build.write("faults", [{"tensor_name": EVIL, "major": True, "latency_ns": 345_000_000}])
+    build.write(
+        "faults",
+        [{"tensor_name": EVIL, "major": True, "latency_ns": 345_000_000, "timestamp": 10**9}],
+        command=["llama-server", "-m", "a b\x1b.gguf"],
+        cgroup_limit_bytes=1_400_000_000,
+    )
     build.write(
         "tokens",
         [
@@ -65,6 +70,13 @@ def test_json_keeps_names_exactly_and_every_tensor(folder: str, capfd: pytest.Ca
     report = json.loads(out(capfd, "reread", folder, "--json", "--top", "1"))
     assert report["tensors"][0]["tensor_name"] == EVIL
     assert len(report["tensors"]) == 4
+
+
+def test_summary_text(folder: str, capfd: pytest.CaptureFixture[str]) -> None:
+    text = out(capfd, "summary", folder)
+    assert r"llama-server -m 'a b\x1b.gguf' (pid 100)" in text
+    assert "1.40 GB" in text
+    assert "1 major, 0 minor; threads waited 345 ms in them" in text
 
 
 def test_top_names_that_many_in_the_summary(folder: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,54 @@
+"""Find servers as they come and go, trace them, export metrics: what systemd runs.
+
+  llmtraced daemon --trace /var/lib/llmtraced --listen 127.0.0.1:9477
+  llmtraced daemon --config /etc/llmtraced.toml
+
+Every process that maps a GGUF model is traced from when it is seen to when it ends. SIGTERM and Ctrl-C end the daemon
+with everything on disk; the servers never notice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+from pathlib import Path
+
+from llmtraced.schema import Detail
+from llmtraced.values import duration, size
+
+log = logging.getLogger(__name__)
+
+_CHANGES = ("trace", "listen", "detail", "flush", "scan", "ring", "tensors")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file; the flags below override it")
+    parser.add_argument("--trace", metavar="DIR", help="folder for traces; '' for metrics only (/var/lib/llmtraced)")
+    parser.add_argument("--listen", metavar="ADDR:PORT", help="where to serve /metrics; '' for nowhere (127.0.0.1:9477)")
+    parser.add_argument("--detail", choices=[d.name.lower() for d in Detail], help="what to record (faults)")
+    parser.add_argument("--flush", type=duration, metavar="S", help="seconds until a record is on disk (10s)")
+    parser.add_argument("--scan", type=duration, metavar="S", help="seconds between looks for new servers (2s)")
+    parser.add_argument("--ring", type=size, metavar="SIZE", help="event buffer, a power of two (16M)")
+    parser.add_argument("--tensors", type=int, metavar="N", help="most tensors to export one by one (2000)")
+    parser.add_argument("--check-config", action="store_true", help="read the configuration, print it, and end")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run until a signal comes."""
+    from llmtraced.config import read_config  # noqa: PLC0415
+
+    config = read_config(args.config, {n: v for n in _CHANGES if (v := getattr(args, n)) is not None})
+    if args.check_config:
+        print(config)
+        return 0
+    from llmtraced.daemon import Daemon  # noqa: PLC0415
+
+    stop: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _frame: stop.append(received))
+    log.info("compiling the probes")
+    Daemon(config).run(lambda: bool(stop))
+    log.info("stopped; everything is on disk")
+    return 0

@@ -1,0 +1,185 @@
+"""The daemon: finds servers as they come and go, records each, exports metrics.
+
+One loop: wait for the ring, read it, and now and then look for processes. It costs nothing per fault while no model is
+mapped anywhere, for then nothing is attached.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import GCCollector, PlatformCollector, ProcessCollector, start_http_server
+from prometheus_client.registry import CollectorRegistry
+
+from llmtraced import target as targets
+from llmtraced.config import Config
+from llmtraced.errors import LlmtracedError, printable
+from llmtraced.metrics import LlmtracedCollector
+from llmtraced.probes.loader import Sizes
+from llmtraced.probes.tracer import Tracer
+from llmtraced.recorder import Recorder, Session, session_metadata, session_name
+from llmtraced.schema import Detail, Phase
+from llmtraced.store import TraceWriter, clean_leftovers
+
+__all__ = ["Daemon", "notify"]
+
+log = logging.getLogger(__name__)
+
+_WAIT_SECONDS = 0.25
+_LEARNING_SECONDS = 0.05
+_REFRESH_SECONDS = 1.0
+
+
+def notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)); without systemd nothing happens."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    address = "\0" + path[1:] if path.startswith("@") else path
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as systemd:
+            systemd.sendto(state.encode(), address)
+    except OSError as error:
+        log.warning("cannot notify systemd: %s", error)
+
+
+class Daemon:
+    """Traces every server there is.
+
+    Args:
+        config: what to do.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.detail = Detail[config.detail.upper()]
+        self.tracer = Tracer(Sizes(ring_bytes=config.ring))
+        self.recorder = Recorder(self.tracer, config.flush)
+        self._sessions: dict[tuple[int, int], Session] = {}
+        self._sizes: dict[int, bytes] = {}
+        self._looked = False
+        self._refused: set[tuple[int, int]] = set()
+        self._scanned = self._refreshed = 0.0
+        self._server: WSGIServer | None = None
+        if config.trace:
+            n = clean_leftovers(Path(config.trace))
+            if n:
+                log.info("removed %d unfinished files of an earlier run", n)
+
+    def run(self, stop: Callable[[], bool]) -> None:
+        """Work until ``stop()``; then everything is flushed.
+
+        Raises:
+            LlmtracedError: the address is taken.
+        """
+        try:
+            self._listen()
+            notify(f"READY=1\nSTATUS=tracing {self.detail.name.lower()}")
+            while not stop():
+                self.step()
+        finally:
+            notify("STOPPING=1")
+            self.close()
+
+    def _listen(self) -> None:
+        if not self.config.address:
+            return
+        host, port = self.config.address
+        registry = CollectorRegistry()
+        registry.register(LlmtracedCollector(self.recorder, self.config.tensors))
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=registry)
+        try:
+            self._server, _ = start_http_server(port, host, registry)
+        except OSError as error:
+            raise LlmtracedError(f"cannot listen on {self.config.listen}: {error.strerror or error}") from error
+        log.info("metrics on http://%s:%d/metrics", host, self.port)
+
+    @property
+    def port(self) -> int:
+        """The port of ``/metrics`` (the one that was chosen where the configuration says 0)."""
+        return int(self._server.server_port) if self._server else 0
+
+    def step(self) -> None:
+        """Wait a little, take what has come, look for processes when it is time."""
+        learning = any(s.layout is None and not s.problems for s in self._sessions.values())
+        self.tracer.ring.wait(_LEARNING_SECONDS if learning else _WAIT_SECONDS)
+        if self._sessions:
+            self.recorder.poll()
+        now = time.monotonic()
+        if now - self._scanned >= self.config.scan:
+            self._scanned = now
+            self._find()
+            notify("WATCHDOG=1")
+        if now - self._refreshed >= _REFRESH_SECONDS or learning:
+            self._refreshed = now
+            for key, session in list(self._sessions.items()):
+                if session.target.alive:
+                    session.refresh()
+                else:
+                    self._end(key)
+
+    def _find(self) -> None:
+        """Look at processes that are new, or whose address space has changed its size since the last look."""
+        sizes: dict[int, bytes] = {}
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                try:
+                    with open(f"/proc/{name}/statm", "rb") as stream:
+                        sizes[int(name)] = stream.read(64).split()[0]
+                except (OSError, IndexError):
+                    continue
+        changed = [pid for pid, size in sizes.items() if self._sizes.get(pid) != size and size != b"0"]
+        known = {pid for pid, _ in self._sessions}
+        for target in targets.scan(changed, known=known):
+            key = (target.pid, target.start)
+            if key not in self._refused:
+                born = self._looked and target.pid not in self._sizes
+                self._begin(key, target, Phase.LOAD if born else Phase.UNKNOWN)
+        self._sizes, self._looked = sizes, True
+
+    def _begin(self, key: tuple[int, int], target: targets.Target, phase: Phase) -> None:
+        writer = TraceWriter(
+            Path(self.config.trace) if self.config.trace else None,
+            session_name(target),
+            session_metadata(target, self.detail),
+            _partition(target),
+        )
+        try:
+            self._sessions[key] = self.recorder.add(target, writer, self.detail, phase)
+        except LlmtracedError as error:
+            self._refused.add(key)
+            log.error("process %d (%s): %s", target.pid, printable(target.comm), error)
+            return
+        log.info("tracing process %d (%s) with %s", target.pid, printable(target.comm), printable(", ".join(target.models)))
+        for problem in target.problems:
+            log.warning("process %d: %s", target.pid, problem)
+
+    def _end(self, key: tuple[int, int]) -> None:
+        session = self._sessions.pop(key)
+        self.recorder.remove(session)
+        log.info("process %d has ended", key[0])
+
+    def close(self) -> None:
+        """Stop listening, end all sessions, write everything."""
+        if self._server:
+            self._server.shutdown()
+            self._server.server_close()
+        self.recorder.close()
+        self._sessions.clear()
+        self.tracer.close()
+
+
+def _partition(target: targets.Target) -> str:
+    """Return the hive folders of a session: host, its first model, the day it was first seen."""
+    model = re.sub(r"[^\w.+-]", "_", next(iter(target.models)))[:100]
+    host = re.sub(r"[^\w.+-]", "_", os.uname().nodename)[:64] or "unknown"
+    return f"host={host}/model={model}/date={datetime.now(UTC):%Y-%m-%d}"

@@ -1,0 +1,235 @@
+"""A workload whose faults are known beforehand comes out exactly: by address, by tensor, in bytes, ten times of ten."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from llmtraced.bench import models
+from llmtraced.bench.pressure import ReadAhead, drop_cache
+from llmtraced.bench.touch import Touch, choose_offsets
+from llmtraced.capture import Capture
+from llmtraced.gguf_map import read_model
+from llmtraced.schema import PAGE, Detail
+
+pytestmark = pytest.mark.kernel
+
+COUNT = 997  # prime: a count that is off by a factor or a batch size cannot come out right by chance
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of about 24 MB with large tensors, and norms of which several share a page."""
+    return models.write(tmp_path_factory.mktemp("models") / "exact.gguf", models.dense_preset(24_000_000))
+
+
+def table(trace: Path, name: str) -> pl.DataFrame:
+    files = sorted((trace / name).glob("*.parquet"))
+    return pl.concat([pl.read_parquet(f) for f in files]) if files else pl.DataFrame()
+
+
+def accounts(trace: Path, name: str) -> list[dict[str, int]]:
+    found = []
+    for file in sorted((trace / name).glob("*.parquet")):
+        metadata = json.loads(pq.read_schema(file).metadata[b"llmtraced"])
+        found += [metadata["account"][name]] if name in metadata["account"] else []
+    return found
+
+
+def owners(model: Path, page: int) -> dict[str | None, int]:
+    """Return the bytes of each tensor in a page of the file, by brute force; None for what is no tensor's."""
+    shares: Counter[str | None] = Counter()
+    for tensor in read_model(model).tensors:
+        overlap = min(tensor.offset + tensor.size, (page + 1) * PAGE) - max(tensor.offset, page * PAGE)
+        if overlap > 0:
+            shares[tensor.name] += overlap
+    if sum(shares.values()) < PAGE:
+        shares[None] += PAGE - sum(shares.values())
+    return shares
+
+
+def offsets_with_straddles(model: Path, seed: int) -> list[int]:
+    """Return COUNT offsets in different pages, among them pages with several tensors in them."""
+    data = read_model(model)
+    size = model.stat().st_size
+    straddling = {t.offset // PAGE for t in data.tensors if t.offset % PAGE} - {0}
+    chosen = {page: page * PAGE + 100 for page in sorted(straddling)[:50]}
+    assert len(chosen) >= 10, "the model has no pages with several tensors in them"
+    for offset in choose_offsets(size - PAGE, COUNT, seed=seed):
+        if len(chosen) == COUNT:
+            break
+        chosen.setdefault(offset // PAGE, offset)
+    assert len(chosen) == COUNT
+    values = list(chosen.values())
+    np.random.default_rng(seed).shuffle(values)
+    return values
+
+
+def test_major_faults_and_adds_are_exact_ten_times_of_ten(model: Path, tmp_path: Path) -> None:
+    tensors = read_model(model).tensors
+    for attempt in range(10):
+        trace = tmp_path / f"trace{attempt}"
+        wanted = offsets_with_straddles(model, attempt)
+        assert drop_cache(model) == 0
+        capture = Capture(trace, Detail.FAULTS, flush_seconds=60)
+        with Touch(model, wanted) as touch:
+            session = capture.attach(touch.ready["pid"])
+            assert drop_cache(model) == 0  # what finding the target has read
+            before = totals(capture)
+            done = touch.go()
+            capture.step()
+            after = totals(capture)
+        account = capture.close()["account"]
+        base = touch.ready["address"]
+
+        faults = table(trace, "faults")
+        assert done["majflt"] == COUNT
+        assert sorted(faults["address"].to_list()) == sorted(base + o for o in wanted)
+        assert sorted(faults["offset_bytes"].to_list()) == sorted(wanted)
+        assert faults["major"].to_list() == [True] * COUNT
+        assert faults["latency_ns"].null_count() == 0
+        assert faults["latency_ns"].min() > 0
+        by_tensor = Counter(
+            next((t.name for t in tensors if t.offset <= o < t.offset + t.size), None) for o in wanted
+        )
+        assert Counter(faults["tensor_name"].to_list()) == by_tensor
+
+        adds = table(trace, "pagecache").filter(
+            (pl.col("action") == "add") & (pl.col("timestamp") >= done["start_ns"]) & (pl.col("timestamp") <= done["end_ns"])
+        )
+        assert adds["bytes"].sum() == COUNT * PAGE == done["read_bytes"]
+        assert set(adds["cause"].to_list()) == {"fault"}
+        assert set(adds["pid"].to_list()) == {touch.ready["pid"]}
+        shares: Counter[str | None] = Counter()
+        for offset in wanted:
+            shares.update(owners(model, offset // PAGE))
+        measured = dict(adds.group_by("tensor_name").agg(pl.col("bytes").sum()).iter_rows())
+        assert {k: v for k, v in measured.items() if v} == {k: v for k, v in shares.items() if v}
+
+        # The kernel's own totals (what Prometheus gets) say the same as the event stream.
+        assert after["major"] - before["major"] == COUNT
+        assert after["minor"] - before["minor"] == 0
+        assert after["pages"] - before["pages"] == COUNT
+
+        for name in ("faults", "pagecache"):
+            assert account[name]["dropped"] == 0
+            for cell in accounts(trace, name):
+                assert cell["counted"] == cell["delivered"] + cell["dropped"]
+        assert account["faults"]["counted"] == COUNT
+        assert session.write_error is None
+
+
+def totals(capture: Capture) -> dict[str, int]:
+    assert capture.session is not None
+    (file,) = capture.session.files.values()
+    by_byte, by_page = capture.tracer.counters(file)
+    return {
+        "major": int(by_byte["major"].sum()),
+        "minor": int(by_byte["minor"].sum()),
+        "pages": int(by_page["added"].sum()),
+        "again": int(by_page["again"].sum()),
+        "evicted": int(by_page["evicted"].sum()),
+    }
+
+
+def test_reading_again_is_told_from_reading_once(model: Path, tmp_path: Path) -> None:
+    wanted = offsets_with_straddles(model, 77)
+    trace = tmp_path / "trace"
+    capture = Capture(trace, Detail.FAULTS, flush_seconds=60)
+    for _ in range(3):
+        drop_cache(model)
+        with Touch(model, wanted) as touch:
+            if capture.session is None:
+                capture.attach(touch.ready["pid"])
+                drop_cache(model)
+                before = totals(capture)
+            touch.go()
+        drop_cache(model)
+    after = totals(capture)
+    capture.close()
+    # The second and third process are not the traced one, but what they read of its model is counted all the same.
+    assert after["pages"] - before["pages"] == 3 * COUNT
+    assert after["again"] - before["again"] == 2 * COUNT
+    assert after["evicted"] - before["evicted"] == 3 * COUNT
+
+
+def test_causes_are_told_apart(model: Path, tmp_path: Path) -> None:
+    """Readahead by a fault, reads by another process, and a prefetcher's calls each carry their cause."""
+    trace = tmp_path / "trace"
+    drop_cache(model)
+    capture = Capture(trace, Detail.FAULTS, flush_seconds=60)
+    with ReadAhead(model, 128), Touch(model, [8 * 1024 * 1024], "--readahead") as touch:
+        capture.attach(touch.ready["pid"])
+        drop_cache(model)
+        touched = touch.go()
+        capture.step()
+        drop_cache(model)
+        with model.open("rb", buffering=0) as stream:
+            import os
+
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            read = os.pread(stream.fileno(), 5 * PAGE, 4 * PAGE)
+            drop_cache(model)
+            os.posix_fadvise(stream.fileno(), 0, 7 * PAGE, os.POSIX_FADV_WILLNEED)
+        capture.step()
+    capture.close()
+    assert len(read) == 5 * PAGE
+    adds = table(trace, "pagecache").filter(pl.col("action") == "add")
+    mine = adds.filter(
+        (pl.col("pid") == touch.ready["pid"]) & (pl.col("timestamp") >= touched["start_ns"]) & (pl.col("timestamp") <= touched["end_ns"])
+    )
+    assert mine.filter(pl.col("cause") == "fault")["bytes"].sum() == PAGE
+    assert mine.filter(pl.col("cause") == "readahead")["bytes"].sum() == touched["read_bytes"] - PAGE > 0
+    others = adds.filter((pl.col("pid") != touch.ready["pid"]) & (pl.col("timestamp") > touched["end_ns"]))
+    assert others.filter(pl.col("cause") == "read")["bytes"].sum() == 5 * PAGE
+    assert others.filter(pl.col("cause") == "prefetcher")["bytes"].sum() >= 7 * PAGE
+    reads = table(trace, "reads").filter(pl.col("timestamp") > touched["end_ns"])
+    assert reads["bytes"].sum() == 5 * PAGE
+    assert reads["offset_bytes"].min() == 4 * PAGE
+
+
+def test_a_flood_is_accounted_for_to_the_last_fault(model: Path, tmp_path: Path) -> None:
+    """A million minor faults in seconds: kernel-counted = delivered + dropped in every file, and the count is right."""
+    n = 1_000_003
+    trace = tmp_path / "trace"
+    capture = Capture(trace, Detail.FAULTS, flush_seconds=1)
+    with Touch(model, None, "--flood", str(n)) as touch:
+        capture.attach(touch.ready["pid"])
+        import threading
+
+        result: dict[str, int] = {}
+        worker = threading.Thread(target=lambda: result.update(touch.go()))
+        worker.start()
+        while worker.is_alive():
+            capture.step()
+        worker.join()
+        capture.step()
+        after = totals(capture)
+    account = capture.close()["account"]["faults"]
+    cells = accounts(trace, "faults")
+    assert len(cells) > 1
+    assert all(c["counted"] == c["delivered"] + c["dropped"] for c in cells)
+    assert sum(c["counted"] for c in cells) == account["counted"] == result["minflt"] + result["majflt"]
+    assert after["minor"] + after["major"] == account["counted"]
+    assert table(trace, "faults").height == account["delivered"]
+
+
+def test_a_ring_that_is_too_small_loses_events_and_says_how_many(model: Path, tmp_path: Path) -> None:
+    n = 100_003
+    trace = tmp_path / "trace"
+    capture = Capture(trace, Detail.FAULTS, flush_seconds=60, ring_bytes=1 << 16)
+    with Touch(model, None, "--flood", str(n)) as touch:
+        capture.attach(touch.ready["pid"])
+        done = touch.go()  # nobody reads meanwhile
+        capture.step()
+    account = capture.close()["account"]["faults"]
+    assert account["counted"] == done["minflt"] + done["majflt"]
+    assert account["dropped"] > n / 2
+    assert account["counted"] == account["delivered"] + account["dropped"]
+    assert table(trace, "faults").height == account["delivered"]
