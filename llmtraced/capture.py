@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,17 +78,16 @@ class Capture:
         """
         if shutil.which(command[0], path=(env or os.environ).get("PATH")) is None:
             raise LlmtracedError(f"cannot start {command[0]}: no such program")
-        read_end, write_end = os.pipe()
-        with os.fdopen(read_end, "rb") as gate, os.fdopen(write_end, "wb") as key:
-            # The shell becomes the command, in the same process, when a line comes through the gate.
-            waiting = ["/bin/sh", "-c", 'read -r _ <&"$0"; exec "$@"', str(gate.fileno()), *command]
-            self._child = subprocess.Popen(waiting, env=dict(env) if env is not None else None, pass_fds=[gate.fileno()])
-            named = targets.from_arguments(self._child.pid, command)
-            if named:
-                self._begin(named, Phase.LOAD)
-            else:
-                log.info("waiting for process %d to map its model", self._child.pid)
-            key.write(b"\n")
+        # The shell stops itself and, once we have looked, becomes the command, in the same process.
+        waiting = ["/bin/sh", "-c", 'kill -STOP $$; exec "$@"', "sh", *command]
+        self._child = subprocess.Popen(waiting, env=dict(env) if env is not None else None)
+        os.waitid(os.P_PID, self._child.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        named = targets.from_arguments(self._child.pid, command)
+        if named:
+            self._begin(named, Phase.LOAD)
+        else:
+            log.info("waiting for process %d to map its model", self._child.pid)
+        self._child.send_signal(signal.SIGCONT)
         return self._child
 
     def step(self) -> int:
@@ -157,8 +157,8 @@ def _family(pid: int) -> list[int]:
                 todo += [int(p) for p in task.read_text().split()]
             except OSError:
                 continue
-    if not os.path.exists(f"/proc/{pid}/task/{pid}/children"):  # kernels without CONFIG_PROC_CHILDREN
-        found += [int(p) for p in os.listdir("/proc") if p.isdigit() and _parent(int(p)) == pid]
+    if not Path(f"/proc/{pid}/task/{pid}/children").exists():  # kernels without CONFIG_PROC_CHILDREN
+        found += [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _parent(int(p.name)) == pid]
     return found
 
 

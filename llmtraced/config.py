@@ -76,7 +76,9 @@ def read_config(path: Path | None, changes: dict[str, Any] | None = None) -> Con
             raise LlmtracedError(f"{path}: {error}", USAGE) from error
 
         def line(key: str) -> int:
-            return next((n for n, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*[\"']?{re.escape(key)}\b", row)), 0)
+            return next(
+                (n for n, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*[\"']?{re.escape(key)}\b", row)), 0
+            )
 
         for key, value in values.items():
             where = f"{path}, line {line(key)}: {printable(key)}"

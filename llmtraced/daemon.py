@@ -65,7 +65,7 @@ class Daemon:
         self.recorder = Recorder(self.tracer, config.flush)
         self._sessions: dict[tuple[int, int], Session] = {}
         self._sizes: dict[int, bytes] = {}
-        self._looked = False
+        self._started = targets.start_ticks(os.getpid())
         self._refused: set[tuple[int, int]] = set()
         self._scanned = self._refreshed = 0.0
         self._server: WSGIServer | None = None
@@ -142,9 +142,8 @@ class Daemon:
         for target in targets.scan(changed, known=known):
             key = (target.pid, target.start)
             if key not in self._refused:
-                born = self._looked and target.pid not in self._sizes
-                self._begin(key, target, Phase.LOAD if born else Phase.UNKNOWN)
-        self._sizes, self._looked = sizes, True
+                self._begin(key, target, Phase.LOAD if target.start > self._started else Phase.UNKNOWN)
+        self._sizes = sizes
 
     def _begin(self, key: tuple[int, int], target: targets.Target, phase: Phase) -> None:
         writer = TraceWriter(
@@ -159,7 +158,9 @@ class Daemon:
             self._refused.add(key)
             log.error("process %d (%s): %s", target.pid, printable(target.comm), error)
             return
-        log.info("tracing process %d (%s) with %s", target.pid, printable(target.comm), printable(", ".join(target.models)))
+        log.info(
+            "tracing process %d (%s) with %s", target.pid, printable(target.comm), printable(", ".join(target.models))
+        )
         for problem in target.problems:
             log.warning("process %d: %s", target.pid, problem)
 

@@ -22,7 +22,7 @@ class LlmtracedError(Exception):
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Return ``text`` safe for a terminal, a log line or a label, cut to ``limit`` characters.
+    r"""Return ``text`` safe for a terminal, a log line or a label, cut to ``limit`` characters.
 
     Tensor names, metadata, paths and process names come from files and processes that we do not trust; control
     characters (terminal escapes among them) and lone surrogates are written as ``\\xNN`` or ``\\uNNNN``.

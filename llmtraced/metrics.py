@@ -76,7 +76,10 @@ class LlmtracedCollector(Collector):
     """
 
     def __init__(
-        self, recorder: Recorder, tensor_limit: int = 2000, gauges: dict[str, tuple[str, Callable[[], float]]] | None = None
+        self,
+        recorder: Recorder,
+        tensor_limit: int = 2000,
+        gauges: dict[str, tuple[str, Callable[[], float]]] | None = None,
     ) -> None:
         self._recorder = recorder
         self._limit = tensor_limit
@@ -107,7 +110,9 @@ class LlmtracedCollector(Collector):
         evaluating = _counter("llmtraced_eval_seconds", "Time spent evaluating graphs.", _LABELS)
         stall = _counter("llmtraced_stall_seconds", "Time with at least one thread in a fault on the model.", _LABELS)
         events = _counter(
-            "llmtraced_events", "The account: counted in the kernel, delivered to disk, dropped.", (*_LABELS, "probe", "outcome")
+            "llmtraced_events",
+            "The account: counted in the kernel, delivered to disk, dropped.",
+            (*_LABELS, "probe", "outcome"),
         )
         size = GaugeMetricFamily("llmtraced_model_bytes", "Size of the model's files.", labels=_LABELS)
         mapped = GaugeMetricFamily("llmtraced_mapped_bytes", "Bytes of model files in the process.", labels=("pid",))
@@ -151,7 +156,13 @@ class LlmtracedCollector(Collector):
         if len(r.tensors) <= self._limit:
             for number, tensor in enumerate(r.tensors):
                 label = printable(r.labels[r.model_of[number]])
-                names: tuple[str, ...] = (pid, label, printable(tensor.name), str(tensor.layer), printable(tensor.component))
+                names: tuple[str, ...] = (
+                    pid,
+                    label,
+                    printable(tensor.name),
+                    str(tensor.layer),
+                    printable(tensor.component),
+                )
                 yield names, np.array([number])
         else:
             groups: dict[tuple[str, ...], list[int]] = {}
@@ -185,7 +196,9 @@ class LlmtracedCollector(Collector):
         yield _count("llmtraced_trace_write_errors", "Files that could not be written.", recorder.write_errors)
         yield _gauge("llmtraced_ring_waiting_records", "Records in the ring.", tracer.ring.waiting)
         yield _gauge("llmtraced_ring_capacity_records", "Records that it holds.", tracer.ring.capacity)
-        yield _gauge("llmtraced_compile_seconds", "Time to compile and load the programs.", tracer.programs.compile_seconds)
+        yield _gauge(
+            "llmtraced_compile_seconds", "Time to compile and load the programs.", tracer.programs.compile_seconds
+        )
         for name, (text, value) in self._gauges.items():
             yield _gauge(name, text, value())
 

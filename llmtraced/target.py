@@ -193,7 +193,7 @@ class Target:
 
     @cached_property
     def symbols(self) -> dict[str, Symbol]:
-        """ggml's functions in this process, by name, from whichever mapped object has them."""
+        """Functions of ggml in this process, by name, from whichever mapped object has them."""
         return dict(_ggml_symbols(self.pid))
 
 
@@ -393,7 +393,8 @@ def elf_functions(path: str, prefix: bytes) -> dict[str, int]:
             table = np.frombuffer(data, _SYMBOL, count=len(data) // _SYMBOL.itemsize)
             strings = elf.get_section(section["sh_link"]).data()
             functions = table[((table["info"] & 15) == _STT_FUNC) & (table["section"] != 0)]
-            wanted = {m.start() + 1 for m in re.finditer(b"\0" + re.escape(prefix), strings)}
+            # Anywhere, not only after a NUL: linkers store a name that ends another one inside it.
+            wanted = {m.start() for m in re.finditer(re.escape(prefix), strings)}
             for symbol in functions[np.isin(functions["name"], np.fromiter(wanted, np.uint32, len(wanted)))]:
                 start = int(symbol["name"])
                 name = strings[start : strings.index(b"\0", start)].decode("ascii", "replace")

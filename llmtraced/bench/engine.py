@@ -128,6 +128,11 @@ class Server:
             raise LlmtracedError("the server has not been started")
         return self._child.pid
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the server runs with."""
+        return {**os.environ, **_ENVIRONMENT, **self.env}
+
     def command(self, port: int) -> list[str]:
         """Return the command line for ``port``, without the cgroup's wrapper."""
         argv = [str(self.binary or "llama-server"), "-m", str(self.model), "--host", "127.0.0.1", "--port", str(port)]
@@ -166,7 +171,7 @@ class Server:
         with self.log.open("wb") as out:
             self._child = subprocess.Popen(
                 self.cgroup.enter_command(argv) if self.cgroup else argv,
-                env={**os.environ, **_ENVIRONMENT, **self.env},
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

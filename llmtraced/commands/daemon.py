@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file; the flags below override it")
     parser.add_argument("--trace", metavar="DIR", help="folder for traces; '' for metrics only (/var/lib/llmtraced)")
-    parser.add_argument("--listen", metavar="ADDR:PORT", help="where to serve /metrics; '' for nowhere (127.0.0.1:9477)")
+    parser.add_argument(
+        "--listen", metavar="ADDR:PORT", help="where to serve /metrics; '' for nowhere (127.0.0.1:9477)"
+    )
     parser.add_argument("--detail", choices=[d.name.lower() for d in Detail], help="what to record (faults)")
     parser.add_argument("--flush", type=duration, metavar="S", help="seconds until a record is on disk (10s)")
     parser.add_argument("--scan", type=duration, metavar="S", help="seconds between looks for new servers (2s)")
@@ -37,13 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run until a signal comes."""
-    from llmtraced.config import read_config  # noqa: PLC0415
+    from llmtraced.config import read_config
 
     config = read_config(args.config, {n: v for n in _CHANGES if (v := getattr(args, n)) is not None})
     if args.check_config:
         print(config)
         return 0
-    from llmtraced.daemon import Daemon  # noqa: PLC0415
+    from llmtraced.daemon import Daemon
 
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -18,9 +18,9 @@ import subprocess
 import time
 from pathlib import Path
 
-from llmtraced.values import duration, size
 from llmtraced.errors import USAGE, LlmtracedError
 from llmtraced.schema import Detail
+from llmtraced.values import duration, size
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Record until something ends it; return 0, or the command's own exit code."""
-    from llmtraced.capture import Capture  # noqa: PLC0415  pyarrow and numpy: only when they are needed
+    from llmtraced.capture import Capture
 
     if (args.pid is None) == (not args.command):
         raise LlmtracedError("say which process: either --pid PID or -- COMMAND", USAGE)

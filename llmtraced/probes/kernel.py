@@ -6,6 +6,7 @@ those of include/uapi/linux/bpf.h and perf_event.h, for x86-64.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -67,10 +68,8 @@ def map_update(fd: int, key: bytes, value: bytes) -> None:
 def map_delete(fd: int, key: bytes) -> None:
     """Delete ``map[key]``; a key that is not there is no error."""
     k = ctypes.create_string_buffer(key, len(key))
-    try:
+    with contextlib.suppress(FileNotFoundError):
         _bpf(_BPF_MAP_DELETE_ELEM, struct.pack("<I4xQQQ", fd, _address(k), 0, 0))
-    except FileNotFoundError:
-        pass
 
 
 def map_lookup(fd: int, key: bytes, size: int) -> bytes | None:

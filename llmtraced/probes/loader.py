@@ -51,13 +51,10 @@ PROGRAMS: Final[Mapping[str, str]] = {
 }
 """BPF programs and their types; uprobes are of type KPROBE."""
 
-_MAPS: Final = ["ring", "slots", "targets", "prefetchers", "ranges", "file_ids", "files"] + [
-    "bounds",
-    "counters",
-    "seen",
-    "accounts",
-    "config",
-]
+_MAPS: Final = (
+    *("ring", "slots", "targets", "prefetchers", "ranges", "file_ids", "files"),
+    *("bounds", "counters", "seen", "accounts", "config"),
+)
 # System calls by number, x86-64: arch/x86/entry/syscalls/syscall_64.tbl
 _SYSCALLS_X86_64: Final = {
     "read": 0, "pread64": 17, "readv": 19, "preadv": 295, "preadv2": 327, "sendfile": 40, "splice": 275,
@@ -168,7 +165,7 @@ def import_bcc() -> Any:
         LlmtracedError: it is not installed; the message names the packages.
     """
     try:
-        import bcc  # noqa: PLC0415
+        import bcc
     except ImportError:
         bcc = None
     if bcc is not None and hasattr(bcc, "BPF"):

@@ -1,4 +1,4 @@
-"""The kernel side as one object: programs loaded and attached, processes and files registered, events and accounts read.
+"""The kernel side as one object: programs attached, processes and files registered, events and accounts read.
 
 Nothing here knows tensors' names or Parquet. Closing it, or dying, detaches everything: the kernel does that with the
 descriptors.
@@ -250,6 +250,12 @@ class Tracer:
         if before:
             time.sleep(0.01)  # longer than any probe that may still read the old one
             self._range_space.give(*before)
+
+    def ranges(self, slot: int) -> list[tuple[int, int, int, int]]:
+        """Return where the process has its models, as :meth:`set_ranges` was told."""
+        window = int(self.slots["window"][slot])
+        chosen = self._ranges[window >> 32 : (window >> 32) + (window & 0xFFFFFFFF)]
+        return [(int(r["start"]), int(r["end"]), int(r["offset"]), int(r["file"])) for r in chosen]
 
     # --- files -----------------------------------------------------------------------------------------------------
 

@@ -95,13 +95,13 @@ def test_major_faults_and_adds_are_exact_ten_times_of_ten(model: Path, tmp_path:
         assert faults["major"].to_list() == [True] * COUNT
         assert faults["latency_ns"].null_count() == 0
         assert faults["latency_ns"].min() > 0
-        by_tensor = Counter(
-            next((t.name for t in tensors if t.offset <= o < t.offset + t.size), None) for o in wanted
-        )
+        by_tensor = Counter(next((t.name for t in tensors if t.offset <= o < t.offset + t.size), None) for o in wanted)
         assert Counter(faults["tensor_name"].to_list()) == by_tensor
 
         adds = table(trace, "pagecache").filter(
-            (pl.col("action") == "add") & (pl.col("timestamp") >= done["start_ns"]) & (pl.col("timestamp") <= done["end_ns"])
+            (pl.col("action") == "add")
+            & (pl.col("timestamp") >= done["start_ns"])
+            & (pl.col("timestamp") <= done["end_ns"])
         )
         assert adds["bytes"].sum() == COUNT * PAGE == done["read_bytes"]
         assert set(adds["cause"].to_list()) == {"fault"}
@@ -182,7 +182,9 @@ def test_causes_are_told_apart(model: Path, tmp_path: Path) -> None:
     assert len(read) == 5 * PAGE
     adds = table(trace, "pagecache").filter(pl.col("action") == "add")
     mine = adds.filter(
-        (pl.col("pid") == touch.ready["pid"]) & (pl.col("timestamp") >= touched["start_ns"]) & (pl.col("timestamp") <= touched["end_ns"])
+        (pl.col("pid") == touch.ready["pid"])
+        & (pl.col("timestamp") >= touched["start_ns"])
+        & (pl.col("timestamp") <= touched["end_ns"])
     )
     assert mine.filter(pl.col("cause") == "fault")["bytes"].sum() == PAGE
     assert mine.filter(pl.col("cause") == "readahead")["bytes"].sum() == touched["read_bytes"] - PAGE > 0

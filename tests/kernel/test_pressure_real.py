@@ -1,6 +1,6 @@
 """The measuring stick itself, on the running kernel: exact faults, a real limit, a cache that is really dropped.
 
-LLMTRACED_KERNEL unset: skipped where something is missing; 1: what is missing is a failure; 0: off.
+Needs root and nothing of BPF; tests/conftest.py has the switch.
 """
 
 from __future__ import annotations
@@ -11,24 +11,14 @@ import sys
 import time
 
 import pytest
+from helpers import need
 
 from llmtraced.bench import models, pressure, touch
 from llmtraced.errors import LlmtracedError
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.kernel("root")
 
-SWITCH = os.environ.get("LLMTRACED_KERNEL")
 MIB = 1 << 20
-
-
-def need(ok, what):
-    """Skip, or fail if LLMTRACED_KERNEL=1, where a requirement is missing."""
-    if SWITCH == "0":
-        pytest.skip("LLMTRACED_KERNEL=0")
-    if not ok and SWITCH == "1":
-        pytest.fail(f"{what}, and LLMTRACED_KERNEL=1 forbids to skip")
-    if not ok:
-        pytest.skip(f"{what}; LLMTRACED_KERNEL=1 makes this a failure")
 
 
 def fail_inside(group, pid):
@@ -40,7 +30,6 @@ def fail_inside(group, pid):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    need(os.geteuid() == 0, "needs root")
     folder = tmp_path_factory.mktemp("pressure")
     path = models.write(folder / "m.gguf", models.dense_preset(64_000_000))
     need(pressure.drop_cache(path) == 0, f"{folder} is on a file system without a droppable page cache (tmpfs?)")
@@ -49,7 +38,6 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def controller():
-    need(os.geteuid() == 0, "needs root")
     try:
         return pressure.memory_controller()
     except LlmtracedError as error:

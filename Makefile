@@ -1,0 +1,77 @@
+# Everything a fresh machine needs: `make demo` shows it, `make test` proves it. `make help` lists the rest.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CLANG_FORMAT ?= clang-format
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: install ## install what is missing, trace a real server on a real model, show the answers
+	$(BIN)/llmtraced demo
+
+install: system $(VENV)/.installed ## the program and its development tools, in .venv
+
+# BCC and kernel headers come from the distribution. Debian and Ubuntu are served here; `llmtraced check` names the
+# packages of others.
+system:
+	@missing=""; \
+	test -e /usr/lib/python3/dist-packages/bcc/__init__.py || $(PYTHON) -c 'import bcc' 2>/dev/null || missing="$$missing python3-bpfcc"; \
+	ls -d /usr/src/linux-headers-* /usr/src/kernels/* /lib/modules/$$(uname -r)/build >/dev/null 2>&1 || missing="$$missing linux-headers"; \
+	for tool in cmake g++ $(CLANG_FORMAT); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	missing=$${missing/g++/g++ make}; \
+	test -n "$$missing" || exit 0; \
+	echo "installing:$$missing"; \
+	command -v apt-get >/dev/null || { echo "no apt-get here; install these with your package manager:$$missing" >&2; exit 1; }; \
+	as_root=""; test $$(id -u) = 0 || as_root=sudo; \
+	$$as_root apt-get update -qq || true; \
+	if [[ $$missing == *linux-headers* ]]; then \
+	  missing=$${missing/linux-headers/}; \
+	  $$as_root apt-get install -y -qq linux-headers-$$(uname -r) 2>/dev/null >/dev/null || \
+	  $$as_root apt-get install -y -qq linux-headers-amd64 >/dev/null 2>&1 || \
+	  $$as_root apt-get install -y -qq linux-headers-generic >/dev/null || exit 1; \
+	fi; \
+	test -z "$${missing// }" || DEBIAN_FRONTEND=noninteractive $$as_root apt-get install -y -qq $$missing >/dev/null
+
+$(VENV)/.installed: pyproject.toml
+	@echo "installing Python packages into $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,plots]'
+	@touch $@
+
+test: lint types unit kernel e2e ## all of it
+
+lint: install ## style, import directions, formatting of Python and BPF
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(CLANG_FORMAT) --dry-run --Werror bpf/*
+
+types: install ## mypy, strict
+	$(BIN)/mypy
+
+unit: install ## no root, seconds
+	$(BIN)/python -m pytest tests/unit -q
+
+kernel: install ## real probes, real faults, exact counts (root)
+	$(BIN)/python -m pytest tests/kernel -q
+
+e2e: install ## a real llama-server with a real model (root)
+	$(BIN)/python -m pytest tests/e2e -q
+
+fmt: install ## format Python and BPF sources
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format .
+	$(CLANG_FORMAT) -i bpf/*
+
+bench: install ## measure this tool on this machine
+	$(BIN)/llmtraced bench events
+	$(BIN)/llmtraced bench overhead
+
+clean: ## remove what was built here (not the cache in ~/.cache/llmtraced)
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+.PHONY: help demo install system test lint types unit kernel e2e fmt bench clean

@@ -1,0 +1,131 @@
+"""The whole story on a small real model: a server without enough memory, the daemon beside it, and the answers."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from llmtraced.bench.engine import Server, default_cache_dir, ensure_gemma, ensure_llama_server, free_port
+from llmtraced.bench.pressure import MemoryCgroup, drop_cache, read_ahead_file
+from llmtraced.errors import LlmtracedError
+
+__all__ = ["Story", "tell"]
+
+log = logging.getLogger(__name__)
+
+SHARE: Final = 0.7
+"""Memory of the server's cgroup, as a share of the model: not enough."""
+_PROMPTS: Final = (  # for a model that continues text; it is not tuned to answer
+    "The sky is blue because",
+    "Once upon a time there was a machine with too little memory. Every day",
+)
+_READY_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """What the demo did: the trace's folder, the texts, a sample of the metrics, and sizes in bytes."""
+
+    trace: Path
+    metrics: Path
+    texts: list[tuple[str, str]]
+    model: Path
+    model_bytes: int
+    limit_bytes: int
+    read_ahead_kb: int | None
+    tokens_per_second: float
+
+
+@contextmanager
+def _daemon(trace: Path, port: int, log_file: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the daemon beside us, as systemd would; leave when it has everything on disk."""
+    command = [sys.executable, "-m", "llmtraced", "daemon", "--trace", str(trace), "--listen", f"127.0.0.1:{port}"]
+    with log_file.open("wb") as output:
+        child = subprocess.Popen([*command, "--flush", "2s", "--scan", "200ms", "--detail", "ops"], stderr=output)
+    try:
+        deadline = time.monotonic() + _READY_SECONDS
+        while True:
+            try:
+                _get(port, "/metrics")
+                break
+            except (OSError, http.client.HTTPException):
+                if child.poll() is not None or time.monotonic() > deadline:
+                    said = log_file.read_text(errors="replace").strip()
+                    raise LlmtracedError(f"the daemon did not start: {said}", child.poll() or 1) from None
+                time.sleep(0.1)
+        yield child
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+        try:
+            child.wait(_READY_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _get(port: int, path: str) -> str:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().read().decode()
+    finally:
+        connection.close()
+
+
+def tell(folder: Path | None = None, *, n_predict: int = 32) -> Story:
+    """Do it; progress goes to the log.
+
+    Args:
+        folder: for the trace, the metrics and the logs; in the cache folder by default. It is emptied.
+        n_predict: tokens to generate for each prompt.
+
+    Raises:
+        LlmtracedError: something is missing that could not be had.
+    """
+    base = folder or default_cache_dir() / "demo"
+    if base.is_dir():
+        shutil.rmtree(base)
+    base.mkdir(parents=True)
+    log.info("getting llama-server (built from source the first time, some minutes)")
+    binary = ensure_llama_server()
+    log.info("getting the model")
+    model = ensure_gemma()
+    size = model.stat().st_size
+    limit = int(size * SHARE)
+    trace, metrics = base / "trace", base / "metrics.txt"
+    port = free_port()
+    try:
+        read_ahead: int | None = int(read_ahead_file(model).read_text())
+    except (OSError, ValueError, LlmtracedError):
+        read_ahead = None
+    log.info("starting the daemon: tracing into %s, metrics on http://127.0.0.1:%d/metrics", trace, port)
+    texts: list[tuple[str, str]] = []
+    rates: list[float] = []
+    with _daemon(trace, port, base / "daemon.log"):
+        drop_cache(model)
+        with MemoryCgroup(f"llmtraced-demo-{os.getpid()}", limit) as cgroup:
+            log.info("starting llama-server with %d MB for a model of %d MB", limit // 10**6, size // 10**6)
+            options = ("--no-repack",)  # weights stay where the file is mapped
+            with Server(model, binary=binary, ctx=512, extra=options, cgroup=cgroup, log=base / "server.log") as server:
+                for prompt in _PROMPTS:
+                    answer: dict[str, Any] = server.completion(prompt, n_predict)
+                    texts.append((prompt, str(answer.get("content", "")).strip()))
+                    rates.append(float(answer["timings"]["predicted_per_second"]))
+                    log.info("%s … %.2f tokens/s", json.dumps(prompt), rates[-1])
+                time.sleep(0.5)
+                metrics.write_text(_get(port, "/metrics"))
+    rate = len(rates) / sum(1 / r for r in rates)
+    return Story(trace, metrics, texts, model, size, limit, read_ahead, rate)

@@ -1,0 +1,217 @@
+"""What tracing costs a real server: tokens a second with it and without it, in pairs, one right after the other.
+
+One llama-server runs through all of a condition and is asked the same thing each time; only tracing changes. Which
+half of a pair comes first alternates. A control, where nothing is attached in either half, says what the machine's
+own unrest looks like. docs/benchmarks.md explains the method and the figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from llmtraced.bench.engine import Server, ensure_gemma
+from llmtraced.bench.figures import machine, spread
+from llmtraced.bench.pressure import MemoryCgroup, drop_cache, read_ahead_file
+from llmtraced.bench.switch import Switch
+from llmtraced.errors import USAGE, LlmtracedError, printable
+from llmtraced.schema import Detail
+from llmtraced.values import size
+
+__all__ = ["CONTROL", "limit_bytes", "run"]
+
+log = logging.getLogger(__name__)
+
+CONTROL: Final = "control"
+TARGETS: Final = {"faults": 0.99, "ops": 0.98, "full": 0.97}
+PROMPT: Final = "The sea is calm tonight, and the"
+_WARM_TOKENS: Final = 4
+_SETTLE_SECONDS: Final = 0.3
+_IDLE_SECONDS: Final = 10.0
+
+
+def limit_bytes(pressure: str, model_bytes: int, own_bytes: int) -> int | None:
+    """Return the memory limit that ``pressure`` names.
+
+    Args:
+        pressure: ``none``; a share of the model such as ``70%``, to which the server's own memory is added; or a size
+            such as ``300M``, for everything.
+        model_bytes: of the model file.
+        own_bytes: anonymous memory of the server.
+    """
+    if pressure == "none":
+        return None
+    try:
+        if pressure.endswith("%"):
+            share = float(pressure[:-1]) / 100
+            if not 0 < share:
+                raise ValueError
+            return own_bytes + int(model_bytes * share)
+        return size(pressure)
+    except Exception as error:
+        raise LlmtracedError(f"no such pressure: {printable(pressure)}; write none, 70% or 300M", USAGE) from error
+
+
+class _Condition:
+    """A server that is ready to be measured, and a recorder beside it."""
+
+    def __init__(self, server: Server, switch: Switch, tokens: int) -> None:
+        self.server, self.switch, self.tokens = server, switch, tokens
+
+    def once(self, detail: Detail | None) -> dict[str, Any]:
+        """Ask once, traced at ``detail`` or not at all."""
+        if detail is not None:
+            self.switch.on(detail)
+        self.server.completion(PROMPT, _WARM_TOKENS)  # the recorder learns the graph, and is done with it
+        time.sleep(_SETTLE_SECONDS)
+        before, start = self.switch.cpu_seconds(), time.monotonic()
+        rate = self.server.tokens_per_second(PROMPT, self.tokens)
+        seconds = time.monotonic() - start
+        found = {"rate": rate, "cpu": (self.switch.cpu_seconds() - before) / seconds, "seconds": seconds}
+        if detail is not None:
+            found |= self.switch.memory() | self.switch.off()
+        return found
+
+    def pairs(self, detail: Detail | None, count: int) -> dict[str, Any]:
+        """Return what ``count`` pairs say about ``detail`` (None: the control)."""
+        without: list[dict[str, Any]] = []
+        traced: list[dict[str, Any]] = []
+        for number in range(count):
+            halves = [(without, None), (traced, detail)]
+            for results, level in halves if number % 2 == 0 else reversed(halves):
+                results.append(self.once(level))
+            a, b = without[-1]["rate"], traced[-1]["rate"]
+            name = detail.name.lower() if detail is not None else CONTROL
+            log.info("%s, pair %d of %d: %.2f → %.2f tokens/s, %.4f", name, number + 1, count, a, b, b / a)
+        ratios = spread([b["rate"] / a["rate"] for a, b in zip(without, traced, strict=True)])
+        report = {
+            "median_ratio": ratios["median"],
+            "ratio": ratios,
+            "pairs": count,
+            "tokens_per_s_without": spread([one["rate"] for one in without]),
+            "tokens_per_s_with": spread([one["rate"] for one in traced]),
+        }
+        if detail is None:
+            return report
+        cells = [cell for one in traced for cell in one["account"].values()]
+        evaluated = count * (self.tokens + _WARM_TOKENS)
+        return report | {
+            "recorder_cpu": spread([one["cpu"] for one in traced]),
+            "recorder_rss_bytes": max(one["rss_bytes"] for one in traced),
+            "events_per_token": round(sum(cell["counted"] for cell in cells) / evaluated, 1),
+            "trace_bytes_per_token": round(sum(one["bytes"] for one in traced) / evaluated, 1),
+            "dropped": sum(cell["dropped"] for cell in cells),
+        }
+
+    def idle(self, seconds: float) -> dict[str, Any]:
+        """Return what the recorder uses while the server has nothing to do."""
+        self.switch.on(Detail.FAULTS)
+        time.sleep(1.0)
+        before, start = self.switch.cpu_seconds(), time.monotonic()
+        time.sleep(seconds)
+        cpu = (self.switch.cpu_seconds() - before) / (time.monotonic() - start)
+        memory = self.switch.memory()
+        self.switch.off()
+        return {"detail": "faults", "seconds": seconds, "recorder_cpu": round(cpu, 5), **memory}
+
+
+@contextlib.contextmanager
+def _ready(model: Path, pressure: str, threads: int, folder: Path, tokens: int) -> Iterator[tuple[_Condition, Any]]:
+    """Start a server and a recorder; the server is warm, and then its memory is limited."""
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(MemoryCgroup("llmtraced-overhead", None)) if pressure != "none" else None
+        if group:
+            drop_cache(model)  # what is cached already would be charged to nobody
+        server = stack.enter_context(Server(model, threads=threads, cgroup=group))
+        server.completion(PROMPT, 16)
+        limit = None
+        if group:
+            limit = limit_bytes(pressure, model.stat().st_size, group.stat().get("anon_bytes", 0))
+            group.set_limit(limit)
+        switch = stack.enter_context(Switch(server.pid, folder))
+        for _ in range(2):
+            server.completion(PROMPT, max(tokens // 4, 4))
+        yield _Condition(server, switch, tokens), limit
+
+
+def run(
+    *,
+    details: Sequence[str] = (CONTROL, "faults", "ops", "full"),
+    pressures: Sequence[str] = ("none", "70%"),
+    pairs: int = 10,
+    tokens: int = 128,
+    pressed_tokens: int = 16,
+    threads: int = 2,
+    model: Path | None = None,
+    idle_seconds: float = _IDLE_SECONDS,
+) -> dict[str, Any]:
+    """Measure and return the report (docs/benchmarks.md has its fields).
+
+    Args:
+        details: levels of detail, and ``control``.
+        pressures: as :func:`limit_bytes` takes them; each is a condition with a server of its own.
+        pairs: for each level and condition.
+        tokens: generated in a request where the model fits.
+        pressed_tokens: generated in a request under pressure, where a token takes ten times as long.
+        threads: compute threads of the server.
+        model: the GGUF file; by default Gemma 3 270M.
+        idle_seconds: how long the recorder is watched beside an idle server.
+
+    Raises:
+        LlmtracedError: no root, no BCC, or no server.
+    """
+    levels: list[tuple[str, Detail | None]] = []
+    for name in details:
+        if name != CONTROL and name.upper() not in Detail.__members__:
+            raise LlmtracedError(f"no such detail: {printable(name)}; there are control, faults, ops, full", USAGE)
+        levels.append((name, None if name == CONTROL else Detail[name.upper()]))
+    for pressure in pressures:
+        limit_bytes(pressure, 1, 1)
+    path = model or ensure_gemma()
+    conditions = []
+    for pressure in pressures:
+        count = tokens if pressure == "none" else pressed_tokens
+        log.info("pressure %s: starting the server and the recorder", pressure)
+        with (
+            tempfile.TemporaryDirectory(prefix="llmtraced-bench-") as folder,
+            _ready(path, pressure, threads, Path(folder), count) as (condition, limit),
+        ):
+            found = {name: condition.pairs(level, pairs) for name, level in levels}
+            idle = condition.idle(idle_seconds)
+        conditions.append({"pressure": pressure, "limit_bytes": limit, "tokens": count, "details": found, "idle": idle})
+    report = {
+        "median_ratio": {c["pressure"]: {n: d["median_ratio"] for n, d in c["details"].items()} for c in conditions},
+        "conditions": conditions,
+        "machine": machine(),
+        "settings": {
+            "pairs": pairs,
+            "threads": threads,
+            "model": path.name,
+            "model_bytes": path.stat().st_size,
+            "read_ahead_kb": _read_ahead_kb(path),
+            "prompt": PROMPT,
+        },
+    }
+    met = {
+        p: {n: r >= TARGETS[n] for n, r in ratios.items() if n in TARGETS}
+        for p, ratios in report["median_ratio"].items()
+    }
+    return {
+        **report,
+        "targets": {
+            name: {"limit": f">= {limit}", "met": {p: m[name] for p, m in met.items() if name in m}}
+            for name, limit in TARGETS.items()
+        },
+    }
+
+
+def _read_ahead_kb(path: Path) -> int | None:
+    try:
+        return int(read_ahead_file(path).read_text())
+    except (LlmtracedError, OSError):
+        return None

@@ -1,0 +1,133 @@
+"""A recorder in a process of its own, as ``llmtraced record`` is one, that attaches and detaches when it is told to.
+
+It compiles once, before anything is timed; then tracing is on or off within some tens of milliseconds, so that a
+benchmark can go back and forth. While it is off, nothing is attached, to the kernel or to the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from llmtraced.capture import Capture
+from llmtraced.errors import FAILED, LlmtracedError
+from llmtraced.schema import Detail
+
+__all__ = ["Switch"]
+
+
+class Switch:
+    """Records process ``pid`` into ``folder`` while it is on; off at first.
+
+    Args:
+        pid: the process.
+        folder: of the trace.
+    """
+
+    def __init__(self, pid: int, folder: Path) -> None:
+        self.pid, self.folder = pid, folder
+
+    def __enter__(self) -> Self:
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "llmtraced.bench.switch", str(self.pid), str(self.folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
+        try:
+            self._hear()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.close()  # it ends with its input
+        try:
+            self._child.wait(20)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        self._child.stdout.close()
+
+    def on(self, detail: Detail) -> None:
+        """Attach, and return when everything is attached."""
+        self._say(f"on {detail.name}")
+
+    def off(self) -> dict[str, Any]:
+        """Write what was recorded, detach, and return ``account`` and ``bytes`` of it."""
+        return self._say("off")
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that it has used so far, in user space and kernel, all threads."""
+        text = Path(f"/proc/{self._child.pid}/stat").read_text()
+        user, system = text[text.rindex(")") + 2 :].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    def memory(self) -> dict[str, int]:
+        """Return ``rss_bytes`` and ``peak_rss_bytes``."""
+        text = Path(f"/proc/{self._child.pid}/status").read_text()
+        found = {name: int(kb) * 1024 for name, kb in re.findall(r"(VmRSS|VmHWM):\s+(\d+) kB", text)}
+        return {"rss_bytes": found["VmRSS"], "peak_rss_bytes": found["VmHWM"]}
+
+    def _say(self, line: str) -> dict[str, Any]:
+        assert self._child.stdin is not None
+        self._child.stdin.write(line + "\n")
+        self._child.stdin.flush()
+        return self._hear()
+
+    def _hear(self) -> dict[str, Any]:
+        assert self._child.stdout is not None
+        line = self._child.stdout.readline()
+        if not line:
+            raise LlmtracedError(f"the recorder ended with status {self._child.wait()}")
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise LlmtracedError(reply["error"], reply["exit_code"])
+        return reply
+
+
+def _serve(pid: int, folder: Path) -> None:
+    capture = Capture(folder, Detail.FAULTS)
+    try:
+        print("{}", flush=True)
+        while True:
+            if capture.session is None or select.select([0], [], [], 0)[0]:
+                words = os.read(0, 64).split()
+                if not words:
+                    return
+                print(json.dumps(_obey(capture, pid, [word.decode() for word in words])), flush=True)
+            if capture.session is not None:
+                capture.step()
+    finally:
+        capture.close()
+
+
+def _obey(capture: Capture, pid: int, words: list[str]) -> dict[str, Any]:
+    if words[0] == "on":
+        capture.detail = Detail[words[1]]
+        return {"problems": capture.attach(pid).problems}
+    session = capture.session
+    if session is None:
+        return {}
+    capture.recorder.remove(session)
+    capture.tracer.detach()
+    capture.session = None
+    return {"account": session.account, "bytes": sum(session.writer.bytes.values())}
+
+
+if __name__ == "__main__":
+    try:
+        _serve(int(sys.argv[1]), Path(sys.argv[2]))
+    except LlmtracedError as failure:
+        print(json.dumps({"error": str(failure), "exit_code": failure.exit_code or FAILED}), flush=True)

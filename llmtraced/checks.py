@@ -1,0 +1,309 @@
+"""Every requirement, tried: what is there, what is missing, what is lost without it and which command gets it.
+
+Nothing is concluded from a version number: programs are compiled and loaded, every attach point is attached and
+detached again, page faults of our own are counted. What depends on something that is missing is reported as
+``unknown``, and all else is still looked at. docs/requirements.md explains each line.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import NoteSection
+
+from llmtraced import target
+from llmtraced.errors import LlmtracedError, printable
+from llmtraced.probes import KERNEL_POINTS, PROCESS_POINTS, kernel, loader, tracefs
+from llmtraced.probes.points import SoftwareEvent, Tracepoint
+from llmtraced.probes.tracer import Tracer
+from llmtraced.requirements import IN_CONTAINER, Check, Status, all_fine, read_text, system
+from llmtraced.resolve import Extents
+from llmtraced.schema import EVENT, Kind, Phase, Probe
+
+__all__ = ["Check", "Status", "all_fine", "build_id", "run"]
+
+_LOST: Final = {p.program: p.lost for p in (*KERNEL_POINTS, *PROCESS_POINTS)}
+_OPTIONAL: Final = {p.program for p in (*KERNEL_POINTS, *PROCESS_POINTS) if not p.required}
+_SELF_TEST_FAULTS: Final = 61  # prime: a count that is off by a factor cannot come out right by chance
+_FAULT_AROUND: Final = 64 << 10  # a fault maps what is cached in its aligned 64 KiB (mm/memory.c, fault_around_bytes)
+
+
+def run(pid: int | None = None) -> Iterator[Check]:
+    """Yield every check, in order; with ``pid``, also those of that process."""
+    found: dict[str, Status] = {}
+    for check in system():
+        found[check.name] = check.status
+        yield check
+    needs = [n for n in ("privileges", "architecture", "tracefs", "bpf", "headers", "bcc") if found[n] == "missing"]
+    tracer = None
+    if needs:
+        why = f"not tried: needs {', '.join(needs)}"
+        yield Check("programs", "unknown", why)
+        for point in KERNEL_POINTS:
+            yield Check(f"attach {point.program}", "unknown", f"{point}: {why}", required=point.required)
+        for name in ("uprobes", "flush", "self-test"):
+            yield Check(name, "unknown", why, required=name != "uprobes")
+    else:
+        try:
+            tracer = Tracer()
+        except (LlmtracedError, OSError, ValueError) as error:
+            yield _refused(str(error))
+    try:
+        if tracer is not None:
+            yield from probes(tracer)
+        if pid is not None:
+            yield from process(pid, tracer)
+    finally:
+        if tracer is not None:
+            tracer.close()
+
+
+# --- the probes ----------------------------------------------------------------------------------------------------
+
+
+def _refused(error: str) -> Check:
+    hint = f"{sys.executable} -m llmtraced -v check   (says what the compiler said)"
+    if "Operation not permitted" in error or "Permission denied" in error:
+        hint = f"a security policy refuses it (lockdown, seccomp, an LSM); {IN_CONTAINER}"
+    elif "Cannot allocate memory" in error:
+        hint = "ulimit -l unlimited; or free some memory"
+    return Check("programs", "missing", printable(error, 2000), hint)
+
+
+def probes(tracer: Tracer) -> Iterator[Check]:
+    """Yield whether programs were loaded, maps mapped, and each attach point can be attached (it is detached again)."""
+    loaded = tracer.programs
+    text = f"{len(loaded.programs)} of {len(loader.PROGRAMS)} loaded, in {loaded.compile_seconds:.1f} s"
+    yield Check("programs", "ok", f"{text} and {loaded.compile_rss_bytes / 1e6:.0f} MB that are freed again")
+    for name, why in loaded.refused.items():
+        optional = name in _OPTIONAL
+        lost = _LOST.get(name, "runs of pages are not sent in time")
+        status: Status = "degraded" if optional else "missing"
+        detail = f"{printable(why)}; lost: {lost}"
+        yield Check(f"program {name}", status, detail, "a newer kernel" if optional else "", not optional)
+    yield Check("ring", "ok", f"mapped, room for {tracer.ring.capacity:,} events; {len(loaded.maps) - 1} more maps")
+    for point in KERNEL_POINTS:
+        name, problem = f"attach {point.program}", _attach(point, loaded)
+        if problem:
+            status = "missing" if point.required else "degraded"
+            yield Check(name, status, f"{problem}; lost: {point.lost}", required=point.required)
+        else:
+            yield Check(name, "ok", f"{point}: attached and detached", required=point.required)
+    yield _uprobes(loaded)
+    yield _flush(loaded)
+    yield _self_test(tracer)
+
+
+def _attach(point: SoftwareEvent | Tracepoint, loaded: loader.Programs) -> str | None:
+    """Attach and detach; return why it cannot be done."""
+    program = loaded.programs.get(point.program)
+    if program is None:
+        return f"its program {point.program} was refused"
+    try:
+        if isinstance(point, Tracepoint):
+            os.close(kernel.open_tracepoint(tracefs.number(point.category, point.name), program, str(point)))
+        else:
+            for cpu in kernel.online_cpus():
+                os.close(kernel.open_software_event(point.config, cpu, program, str(point)))
+    except LlmtracedError as error:
+        return str(error)
+    return None
+
+
+def _uprobes(loaded: loader.Programs) -> Check:
+    """Check uprobes and uretprobes on a function of our own C library."""
+    try:
+        libc = next(m.path for m in target.maps(os.getpid()) if "x" in m.permissions and "libc.so" in m.path)
+        offset = target.elf_functions(libc, b"getpid")["getpid"]
+    except (StopIteration, KeyError, ELFError, OSError, ValueError):
+        return Check("uprobes", "unknown", "not tried: there is no C library to try it on", required=False)
+    for name, on_return in (("on_graph", False), ("on_graph_return", True)):
+        problem = _attach_uprobe(libc, offset, os.getpid(), name, "uprobe getpid", loaded, on_return)
+        if problem:
+            lost = "tokens, operators and experts are not recorded"
+            return Check(
+                "uprobes", "degraded", f"{problem}; lost: {lost}", "a kernel with CONFIG_UPROBE_EVENTS=y", False
+            )
+    return Check("uprobes", "ok", "attached and detached, on entry and return", required=False)
+
+
+def _attach_uprobe(
+    path: str, offset: int, pid: int, program: str, what: str, loaded: loader.Programs, on_return: bool
+) -> str | None:
+    if program not in loaded.programs:
+        return f"its program {program} was refused"
+    try:
+        os.close(kernel.open_uprobe(path, offset, pid, loaded.programs[program], what, on_return=on_return))
+    except LlmtracedError as error:
+        return str(error)
+    return None
+
+
+def _flush(loaded: loader.Programs) -> Check:
+    """Check that a program can be run on each CPU, which is how collected runs of pages are fetched."""
+    remedy = "a newer kernel (BPF_PROG_TEST_RUN of raw tracepoints: 5.10)"
+    program = loaded.programs.get("on_flush")
+    if program is None:
+        return Check("flush", "missing", "its program on_flush was refused", remedy)
+    try:
+        for cpu in kernel.online_cpus():
+            kernel.run_on_cpu(program, cpu)
+    except OSError as error:
+        return Check("flush", "missing", f"collected runs of pages cannot be fetched: {error.strerror}", remedy)
+    return Check("flush", "ok", f"ran on {len(kernel.online_cpus())} CPUs")
+
+
+def _self_test(tracer: Tracer) -> Check:
+    """Count page faults of our own: everything from the kernel's event to the record that we read."""
+    size = _SELF_TEST_FAULTS * _FAULT_AROUND
+    fd = os.memfd_create("llmtraced-check")
+    try:
+        os.posix_fallocate(fd, 0, size)  # pages that are there: each first touch of a window is one minor fault
+        device, inode = target.kernel_device(f"/proc/self/fd/{fd}")
+        with mmap.mmap(fd, size, prot=mmap.PROT_READ) as memory:
+            start = np.frombuffer(memory, np.uint8).ctypes.data
+            seen, counted = _count_faults(tracer, memory, (start, device, inode))
+    except (LlmtracedError, OSError) as error:
+        return Check("self-test", "missing", f"page faults of our own cannot be traced: {error}")
+    finally:
+        os.close(fd)
+    text = f"of {_SELF_TEST_FAULTS} page faults of our own, the kernel counted {counted} and {seen} records arrived"
+    if seen == counted == _SELF_TEST_FAULTS:
+        return Check("self-test", "ok", text)
+    hint = "run llmtraced in the host's pid namespace (docker run --pid=host)" if not counted else ""
+    return Check("self-test", "missing" if not seen else "degraded", text, hint, required=not seen)
+
+
+def _count_faults(tracer: Tracer, memory: mmap.mmap, where: tuple[int, int, int]) -> tuple[int, int]:
+    """Touch ``memory`` under trace and return how many faults were recorded, and how many counted."""
+    start, device, inode = where
+    nothing = np.zeros(1, np.uint64)
+    slot, file = tracer.add_process(os.getpid(), Phase.UNKNOWN), tracer.next_file()
+    try:
+        tracer.add_file(
+            file, slot, device, inode, len(memory), Extents(nothing, np.array([-1], np.int32), nothing, [[]])
+        )
+        tracer.set_ranges(slot, [(start, start + len(memory), 0, file)])
+        for offset in range(0, len(memory), _FAULT_AROUND):
+            memory[offset]
+        records = np.concatenate([np.empty(0, EVENT), *tracer.read()])
+        counted = int(tracer.account(slot, tracer.epoch)["counted"][Probe.FAULTS])
+    finally:
+        tracer.remove_process(slot)
+        tracer.free(slot)
+        tracer.detach()
+    return int(np.count_nonzero(records["kind"] == Kind.FAULT)), counted
+
+
+# --- a process -----------------------------------------------------------------------------------------------------
+
+
+def process(pid: int, tracer: Tracer | None) -> Iterator[Check]:
+    """Yield what there is to say about process ``pid`` as a target."""
+    try:
+        target.start_ticks(pid)
+    except (ProcessLookupError, PermissionError):
+        yield Check("process", "missing", f"there is no process {pid}", "pgrep -a llama-server")
+        return
+    yield Check("process", "ok", f"{pid}, {printable(read_text(f'/proc/{pid}/comm').strip())}")
+    try:
+        it = target.find_target(pid)
+    except (LlmtracedError, OSError) as error:
+        what, _, remedy = str(error).partition("; ")
+        yield Check("model", "missing", printable(what, 500), printable(remedy, 500))
+        return
+    for label, model in it.models.items():
+        size = sum(s.size for s in model.shards) / 1e9
+        parts = f" in {len(model.shards)} files" if len(model.shards) > 1 else ""
+        yield Check("model", "ok", f"{printable(label)}: {len(model.tensors)} tensors, {size:.2f} GB{parts}")
+    for problem in it.problems:
+        yield Check("model", "degraded", printable(problem, 500), required=False)
+    yield _mapped(it)
+    yield from _hooks(it, tracer)
+    yield _limit(it)
+    yield from _readahead(it)
+
+
+def _mapped(it: target.Target) -> Check:
+    total = sum(s.size for m in it.models.values() for s in m.shards)
+    text = f"{it.mapped_bytes / 1e9:.2f} of {total / 1e9:.2f} GB ({it.mapped_bytes / max(total, 1):.0%})"
+    if it.mapped_bytes:
+        return Check("mapped", "ok", text, required=False)
+    why = "nothing: the model was read, not mapped, so its weights cannot be faulted or evicted; reads are recorded"
+    return Check(
+        "mapped", "degraded", why, "start the server without --no-mmap or --load-mode none|dio", required=False
+    )
+
+
+def _hooks(it: target.Target, tracer: Tracer | None) -> Iterator[Check]:
+    """Yield the libraries that the hooks are in, and each hook: there, and attachable."""
+    wanted = {p.symbol: it.symbols[p.symbol] for p in PROCESS_POINTS if p.symbol in it.symbols}
+    for path in dict.fromkeys(s.library for s in wanted.values()):
+        yield Check("library", "ok", f"{printable(path)}, {build_id(path)}", required=False)
+    if not wanted:
+        why = "no function of ggml is found: tokens, operators and experts are not recorded; faults and page cache are"
+        remedy = "use a build whose symbols were not stripped, or one with shared libraries"
+        yield Check("library", "degraded", why, remedy, required=False)
+    for point in PROCESS_POINTS:
+        name, symbol = f"hook {point.program}", wanted.get(point.symbol)
+        if symbol is None:
+            problem: str | None = f"{point}: this build has no such symbol"
+        elif tracer is None:
+            yield Check(name, "unknown", f"{point}: the symbol is there; attaching was not tried", required=False)
+            continue
+        else:
+            arguments = symbol.library, symbol.offset, it.pid, point.program, str(point)
+            problem = _attach_uprobe(*arguments, tracer.programs, point.on_return)
+        if problem:
+            yield Check(name, "degraded", f"{problem}; lost: {point.lost}", required=False)
+        else:
+            detail = f"attached and detached (from --detail {point.detail.name.lower()} on)"
+            yield Check(name, "ok", f"{point}: {detail}", required=False)
+
+
+def build_id(path: str) -> str:
+    """Return an ELF file's build id as ``build id 01ab…``, or that it has none."""
+    try:
+        with Path(path).open("rb") as stream:
+            for section in ELFFile(stream).iter_sections():
+                if isinstance(section, NoteSection):
+                    for note in section.iter_notes():
+                        if note["n_type"] == "NT_GNU_BUILD_ID":
+                            return f"build id {note['n_desc']}"
+    except (ELFError, OSError, ValueError, KeyError):
+        pass
+    return "no build id"
+
+
+def _limit(it: target.Target) -> Check:
+    group = target.cgroup_of(it.pid)
+    if group is None:
+        return Check("memory limit", "degraded", "not known: the process is in no memory cgroup", required=False)
+    total = sum(s.size for m in it.models.values() for s in m.shards)
+    limit = (
+        "no limit"
+        if group.limit is None
+        else f"{group.limit / 1e9:.2f} GB, {group.limit / max(total, 1):.0%} of the model"
+    )
+    return Check("memory limit", "ok", f"{limit}; cgroup v{group.version} {printable(str(group.path))}", required=False)
+
+
+def _readahead(it: target.Target) -> Iterator[Check]:
+    """Yield the readahead of each disk that holds a model: it decides how much a fault reads."""
+    paths = {s.path.stat().st_dev: s.path for m in it.models.values() for s in m.shards if s.path.exists()}
+    for device, path in paths.items():
+        number = f"{os.major(device)}:{os.minor(device)}"
+        kb = read_text(f"/sys/class/bdi/{number}/read_ahead_kb").strip()
+        if kb:
+            yield Check("readahead", "ok", f"{kb} KB on device {number}; Linux's default is 128", required=False)
+        else:
+            why = f"not known for device {number}, where {printable(str(path))} is"
+            yield Check("readahead", "degraded", why, required=False)

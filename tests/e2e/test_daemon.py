@@ -1,0 +1,144 @@
+"""The daemon as an operator runs it: beside servers that come and go, scraped, stopped."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import polars as pl
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from llmtraced.analysis.reread import reread
+from llmtraced.analysis.trace import open_trace
+from llmtraced.bench.engine import Server, ensure_gemma, ensure_llama_server, free_port
+from llmtraced.bench.pressure import MemoryCgroup, drop_cache
+
+pytestmark = pytest.mark.e2e
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
+
+
+class Running:
+    """A daemon under test."""
+
+    def __init__(self, trace: Path, port: int, log: Path) -> None:
+        self.trace, self.port, self.log = trace, port, log
+        command = [sys.executable, "-m", "llmtraced", "daemon", "--trace", str(trace)]
+        command += ["--listen", f"127.0.0.1:{port}", "--flush", "1s", "--scan", "200ms"]
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(command, stderr=stderr)
+
+    def scrape(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        connection.close()
+        return {
+            (s.name, tuple(sorted(s.labels.items()))): s.value
+            for family in text_string_to_metric_families(text)
+            for s in family.samples
+        }
+
+    def total(self, name: str, **labels: str) -> float:
+        wanted = set(labels.items())
+        return sum(v for (n, have), v in self.scrape().items() if n == name and wanted <= set(have))
+
+    def up(self) -> bool:
+        try:
+            self.scrape()
+        except OSError:
+            assert self.process.poll() is None, self.log.read_text()
+            return False
+        return True
+
+
+@contextmanager
+def daemon(tmp_path: Path) -> Iterator[Running]:
+    running = Running(tmp_path / "trace", free_port(), tmp_path / "daemon.log")
+    try:
+        wait_until(running.up, 60, "the daemon answers")
+        yield running
+    finally:
+        running.process.kill()
+        running.process.wait()
+
+
+def test_metrics_and_trace_tell_the_same_story(tmp_path: Path) -> None:
+    ensure_llama_server()
+    model = ensure_gemma()
+    drop_cache(model)
+    with daemon(tmp_path) as running:
+        with MemoryCgroup(f"llmtraced-daemon-{os.getpid()}", int(model.stat().st_size * 0.75)) as cgroup:
+            with Server(model, threads=1, ctx=512, extra=("--no-repack",), cgroup=cgroup) as server:
+                pid = str(server.pid)
+                wait_until(lambda: running.total("llmtraced_mapped_bytes", pid=pid) > 0, 20, "the server is found")
+                for _ in range(3):
+                    server.completion([10, 11, 12], 5)
+                time.sleep(2.5)  # two flushes: what the kernel counted is on disk
+                last = running.scrape()
+                assert psutil.Process(running.process.pid).memory_info().rss < 200e6
+                time.sleep(2)
+                assert {k for k in running.scrape() if ("pid", pid) in k[1]} == {k for k in last if ("pid", pid) in k[1]}
+            wait_until(lambda: running.total("llmtraced_mapped_bytes", pid=pid) == 0, 20, "the server's end is seen")
+        # A second server after the first.
+        with Server(model, threads=1, ctx=512) as server:
+            second = str(server.pid)
+            wait_until(lambda: running.total("llmtraced_mapped_bytes", pid=second) > 0, 20, "the next server is found")
+            server.completion([10, 11, 12], 3)
+            time.sleep(0.5)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(30) == 0, running.log.read_text()
+
+    sessions = [str(s) for s in open_trace(tmp_path / "trace").sessions]  # and what else ran on the machine
+    (first,) = [s for s in sessions if f"-{pid}-" in s]
+    assert [s for s in sessions if f"-{second}-" in s]
+    trace = open_trace(tmp_path / "trace", first)
+    report = reread(trace)
+    assert report["verdict"] == "complete"
+
+    def scraped(name: str, **labels: str) -> float:
+        wanted = {("pid", pid), *labels.items()}
+        return sum(v for (n, have), v in last.items() if n == name and wanted <= set(have))
+
+    # The scrape came from totals in the kernel, the report from every single event; the server was idle in between.
+    for tensor in report["tensors"]:
+        name = tensor["tensor_name"]
+        assert scraped("llmtraced_tensor_faults_total", tensor=name, type="major") == tensor["major_faults"]
+        assert scraped("llmtraced_tensor_faults_total", tensor=name, type="minor") == tensor["minor_faults"]
+        assert scraped("llmtraced_tensor_fault_seconds_total", tensor=name) == pytest.approx(tensor["stall_ns"] / 1e9)
+        assert scraped("llmtraced_tensor_read_bytes_total", tensor=name) == tensor["bytes_read"]
+        assert scraped("llmtraced_tensor_reread_bytes_total", tensor=name) == tensor["reread_bytes"]
+    assert scraped("llmtraced_tensor_read_bytes_total") == report["total_bytes_read"] > 0
+    assert report["reread_bytes"] > 0
+    tokens = trace.table("tokens").collect()
+    assert scraped("llmtraced_tokens_total", phase="decode") == tokens.filter(pl.col("phase") == "decode")["n_tokens"].sum()
+    assert scraped("llmtraced_graphs_total") == tokens.filter(pl.col("token") > 0).height
+    stall = tokens.filter(pl.col("token") > 0)["stall_ns"].sum() / 1e9
+    assert scraped("llmtraced_stall_seconds_total") >= stall * 0.999
+    for probe in ("faults", "pagecache", "tokens"):
+        counted = scraped("llmtraced_events_total", probe=probe, outcome="counted")
+        delivered = scraped("llmtraced_events_total", probe=probe, outcome="delivered")
+        assert counted == delivered + scraped("llmtraced_events_total", probe=probe, outcome="dropped") > 0
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path) -> None:
+    with daemon(tmp_path) as running:
+        command = [sys.executable, "-m", "llmtraced", "daemon", "--trace", "", "--listen", f"127.0.0.1:{running.port}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 1
+        assert "cannot listen on" in done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,199 @@
+"""What is read from /proc, which other processes write: hostile names and paths included."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmtraced import target
+from llmtraced.bench import models
+
+LINE = b"7f0000001000-7f0000003000 r--s 00002000 fe:01 131 "
+
+
+def one(path: bytes) -> target.Mapping:
+    (found,) = target.parse_maps(LINE + b"                      " + path + b"\n")
+    return found
+
+
+def test_a_model_mapping() -> None:
+    assert one(b"/models/m.gguf") == target.Mapping(
+        0x7F0000001000, 0x7F0000003000, "r--s", 0x2000, 0xFE << 20 | 1, 131, "/models/m.gguf", False
+    )
+
+
+@pytest.mark.parametrize(
+    ("raw", "path", "deleted"),
+    [
+        (b"/a b  c/m.gguf", "/a b  c/m.gguf", False),
+        (b"/trailing ", "/trailing ", False),
+        (b"/m.gguf (deleted)", "/m.gguf", True),
+        (b"/m (deleted).gguf", "/m (deleted).gguf", False),
+        (rb"/new\012line", "/new\nline", False),
+        (rb"/tab\011 stays", r"/tab\011 stays", False),  # the kernel escapes newlines alone
+        (rb"/back\134slash\040", r"/back\134slash\040", False),
+        (b"/carriage\rreturn", "/carriage\rreturn", False),
+        (b"/form\x0c\x1b[31mfeed", "/form\x0c\x1b[31mfeed", False),
+        (b"/not utf-8 \xff\xfe", os.fsdecode(b"/not utf-8 \xff\xfe"), False),
+        (b"/7f0000001000-7f0000003000 r--s 0 fe:01 7 /x", "/7f0000001000-7f0000003000 r--s 0 fe:01 7 /x", False),
+    ],
+)
+def test_paths_come_out_as_they_are(raw: bytes, path: str, deleted: bool) -> None:
+    found = one(raw)
+    assert (found.path, found.deleted, found.inode) == (path, deleted, 131)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"garbage",
+        b"7f00-7f01 rw-p 00000000 00:00 0 ",
+        b"7f00-7f01 rw-p 00000000 00:00 0                          [heap]",
+        b"7f00-7f01 r--p 00000000 00:0e 12                         anon_inode:[perf_event]",
+        b"7f00-7f01 r--p 00000000 fe:01 0                          /no/inode",
+        b"7f00-7f01 r--",
+        b"XXXX-7f01 r--p 00000000 fe:01 12                         /m",
+        b"\xff\xff\xff",
+    ],
+)
+def test_what_is_no_file_is_left_out(line: bytes) -> None:
+    assert target.parse_maps(line + b"\n" + LINE + b"/m\n" + line) == [one(b"/m")]
+
+
+def test_large_numbers() -> None:
+    line = b"ffffffffff600000-ffffffffff601000 --xp ffffffff000 103:00005 18446744073709551615 /m"
+    (found,) = target.parse_maps(line)
+    assert (found.device, found.inode) == (0x103 << 20 | 5, (1 << 64) - 1)
+
+
+def test_a_newline_in_a_real_path_is_found_again(tmp_path: Path) -> None:
+    import mmap
+
+    path = tmp_path / "a\nb \\134 (x).gguf"
+    path.write_bytes(bytes(8192))
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 8192, prot=mmap.PROT_READ):
+        (found,) = [m for m in target.maps(os.getpid()) if m.inode == path.stat().st_ino]
+        assert found.path == str(path)
+        assert target.reachable(os.getpid(), found) == str(path)
+        path.unlink()
+        (found,) = [m for m in target.maps(os.getpid()) if m.path == str(path)]
+        assert found.deleted
+        assert "/map_files/" in target.reachable(os.getpid(), found)
+
+
+def test_a_process_that_is_not_there() -> None:
+    assert target.maps(1 << 30) == []
+    with pytest.raises(ProcessLookupError):
+        target.start_ticks(1 << 30)
+
+
+def test_a_process_whose_name_looks_like_its_numbers() -> None:
+    """The name in /proc/PID/stat stands in parentheses, and may hold some itself."""
+    code = "open('/proc/self/comm', 'w').write(') R 1 (x) 9'); print('named', flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "named\n"
+        ours, theirs = target.start_ticks(os.getpid()), target.start_ticks(child.pid)
+        child.communicate("\n")
+    uptime = float(Path("/proc/uptime").read_text().split()[0]) * os.sysconf("SC_CLK_TCK")
+    assert ours <= theirs <= uptime
+
+
+# --- symbols
+
+
+def test_functions_are_those_that_nm_lists() -> None:
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("needs nm: apt-get install binutils")
+    libc = next(m.path for m in target.maps(os.getpid()) if "x" in m.permissions and "libc.so" in m.path)
+    listed = subprocess.run([nm, "-D", "--defined-only", libc], capture_output=True, text=True, check=True).stdout
+    wanted = {}
+    for line in listed.splitlines():
+        address, kind, name = line.split(maxsplit=2)
+        if kind in "TtW" and name.startswith("get"):
+            wanted[name.partition("@")[0]] = int(address, 16)
+    found = target.elf_functions(libc, b"get")
+    assert len(wanted) > 50
+    assert wanted.keys() <= found.keys()
+    # In libc's text the address and the offset in the file are the same, or differ by the same amount throughout.
+    assert len({wanted[name] - found[name] for name in wanted}) == 1
+
+
+def test_what_is_no_elf_file_is_refused(tmp_path: Path) -> None:
+    from elftools.common.exceptions import ELFError
+
+    path = tmp_path / "script"
+    path.write_bytes(b"#!/bin/sh\n" * 100)
+    with pytest.raises((ELFError, OSError, ValueError)):
+        target.elf_functions(str(path), b"ggml_")
+
+
+# --- arguments
+
+
+def test_arguments_that_name_models(tmp_path: Path) -> None:
+    (tmp_path / "a=b").mkdir()
+    inside = models.write(tmp_path / "a=b" / "m.gguf", models.TINY_DENSE)
+    plain = models.write(tmp_path / "plain.gguf", models.TINY_DENSE)
+    (tmp_path / "fake.gguf").write_text("not a model")
+    words = ["llama-server", "-m", str(inside), f"--model={plain}", "--x=fake.gguf", "missing.gguf", str(plain), "-v"]
+    assert target.gguf_arguments(words, cwd=str(tmp_path)) == [str(inside), str(plain)]
+    assert target.gguf_arguments(["-m", "plain.gguf"], cwd=str(tmp_path)) == [str(plain)]
+    assert target.gguf_arguments(["-m", "/plain.gguf"], root=str(tmp_path)) == [str(plain)]
+    assert target.gguf_arguments([]) == []
+
+
+# --- memory cgroups
+
+
+def proc(folder: Path, cgroup: str, mountinfo: str) -> Path:
+    for name, text in (("42/cgroup", cgroup), ("self/mountinfo", mountinfo)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_version_1(tmp_path: Path) -> None:
+    group = tmp_path / "memory/app/one"
+    group.mkdir(parents=True)
+    (group / "memory.limit_in_bytes").write_text("1468006400\n")
+    kinds = ((30, "cpu"), (31, "memory"))
+    mounts = "".join(f"{n} 20 0:{n} / {tmp_path}/{kind} rw - cgroup cgroup rw,{kind}\n" for n, kind in kinds)
+    fake = proc(tmp_path / "proc", "5:cpu:/app/one\n4:memory:/app/one\n0::/\n", mounts)
+    assert target.cgroup_of(42, fake) == target.Cgroup(1, group, 1468006400)
+    (group / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert target.cgroup_of(42, fake) == target.Cgroup(1, group, None)
+
+
+def test_version_2(tmp_path: Path) -> None:
+    group = tmp_path / "cg/system.slice/llama:x.service"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    fake = proc(
+        tmp_path / "proc", "0::/system.slice/llama:x.service\n", f"31 20 0:27 / {tmp_path}/cg rw - cgroup2 none rw\n"
+    )
+    assert target.cgroup_of(42, fake) == target.Cgroup(2, group, None)
+    (group / "memory.max").write_text("4096\n")
+    assert target.cgroup_of(42, fake) == target.Cgroup(2, group, 4096)
+
+
+def test_the_root_of_version_2_has_no_limit(tmp_path: Path) -> None:
+    (tmp_path / "cg").mkdir()
+    (tmp_path / "cg/cgroup.controllers").write_text("cpu memory\n")
+    fake = proc(tmp_path / "proc", "0::/\n", f"31 20 0:27 / {tmp_path}/cg rw - cgroup2 none rw\n")
+    assert target.cgroup_of(42, fake) == target.Cgroup(2, tmp_path / "cg", None)
+    (tmp_path / "cg/cgroup.controllers").write_text("cpu\n")
+    assert target.cgroup_of(42, fake) is None
+
+
+def test_no_memory_controller(tmp_path: Path) -> None:
+    assert target.cgroup_of(42, proc(tmp_path / "proc", "0::/\n", "")) is None
+    assert target.cgroup_of(43, tmp_path / "proc") is None
