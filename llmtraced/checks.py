@@ -19,7 +19,7 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import NoteSection
 
-from llmtraced import target
+from llmtraced import elf, target
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.probes import KERNEL_POINTS, PROCESS_POINTS, kernel, loader, tracefs
 from llmtraced.probes.points import SoftwareEvent, Tracepoint
@@ -28,7 +28,7 @@ from llmtraced.requirements import IN_CONTAINER, Check, Status, all_fine, read_t
 from llmtraced.resolve import Extents
 from llmtraced.schema import EVENT, Kind, Phase, Probe
 
-__all__ = ["Check", "Status", "all_fine", "build_id", "run"]
+__all__ = ["Check", "Status", "all_fine", "build_id", "probes", "process", "refused", "run"]
 
 _LOST: Final = {p.program: p.lost for p in (*KERNEL_POINTS, *PROCESS_POINTS)}
 _OPTIONAL: Final = {p.program for p in (*KERNEL_POINTS, *PROCESS_POINTS) if not p.required}
@@ -45,17 +45,15 @@ def run(pid: int | None = None) -> Iterator[Check]:
     needs = [n for n in ("privileges", "architecture", "tracefs", "bpf", "headers", "bcc") if found[n] == "missing"]
     tracer = None
     if needs:
-        why = f"not tried: needs {', '.join(needs)}"
-        yield Check("programs", "unknown", why)
-        for point in KERNEL_POINTS:
-            yield Check(f"attach {point.program}", "unknown", f"{point}: {why}", required=point.required)
-        for name in ("uprobes", "flush", "self-test"):
-            yield Check(name, "unknown", why, required=name != "uprobes")
+        yield Check("programs", "unknown", f"not tried: needs {', '.join(needs)}")
     else:
         try:
             tracer = Tracer()
         except (LlmtracedError, OSError, ValueError) as error:
-            yield _refused(str(error))
+            yield refused(str(error))
+            needs = ["programs"]
+    if needs:
+        yield from _not_tried(f"not tried: needs {', '.join(needs)}")
     try:
         if tracer is not None:
             yield from probes(tracer)
@@ -69,13 +67,23 @@ def run(pid: int | None = None) -> Iterator[Check]:
 # --- the probes ----------------------------------------------------------------------------------------------------
 
 
-def _refused(error: str) -> Check:
-    hint = f"{sys.executable} -m llmtraced -v check   (says what the compiler said)"
+def _not_tried(why: str) -> Iterator[Check]:
+    for point in KERNEL_POINTS:
+        yield Check(f"attach {point.program}", "unknown", f"{point}: {why}", required=point.required)
+    for name in ("ring", "uprobes", "flush", "self-test"):
+        yield Check(name, "unknown", why, required=name != "uprobes")
+
+
+def refused(error: str) -> Check:
+    """Return the check for programs that could not be compiled or loaded at all, from the loader's message."""
+    lines = error.splitlines() or ["?"]
+    said = next((line for line in lines if " error: " in line), "")  # the compiler's own words
+    hint = f"{sys.executable} -m llmtraced -v check (prints all that the compiler said)"
     if "Operation not permitted" in error or "Permission denied" in error:
         hint = f"a security policy refuses it (lockdown, seccomp, an LSM); {IN_CONTAINER}"
     elif "Cannot allocate memory" in error:
-        hint = "ulimit -l unlimited; or free some memory"
-    return Check("programs", "missing", printable(error, 2000), hint)
+        hint = "ulimit -l unlimited, or free some memory"
+    return Check("programs", "missing", printable(f"{lines[0]} {said}".strip(), 500), hint)
 
 
 def probes(tracer: Tracer) -> Iterator[Check]:
@@ -122,7 +130,7 @@ def _uprobes(loaded: loader.Programs) -> Check:
     """Check uprobes and uretprobes on a function of our own C library."""
     try:
         libc = next(m.path for m in target.maps(os.getpid()) if "x" in m.permissions and "libc.so" in m.path)
-        offset = target.elf_functions(libc, b"getpid")["getpid"]
+        offset = elf.functions(libc, b"getpid")["getpid"]
     except (StopIteration, KeyError, ELFError, OSError, ValueError):
         return Check("uprobes", "unknown", "not tried: there is no C library to try it on", required=False)
     for name, on_return in (("on_graph", False), ("on_graph_return", True)):

@@ -32,7 +32,7 @@ from llmtraced.resolve import Resolver
 from llmtraced.rows import RowMaker, TokenBook
 from llmtraced.schema import EVENT, TABLES, Detail, Kind, Phase, Probe
 from llmtraced.store import TraceWriter
-from llmtraced.target import Mapping, Target, cgroup_of, maps, scan
+from llmtraced.target import Mapping, Target, cgroup_of, maps, operator_names, scan
 
 __all__ = ["Recorder", "Session", "session_metadata", "session_name"]
 
@@ -75,6 +75,7 @@ class Session:
 
     Attributes:
         account: totals since the start, by probe, of what is on disk.
+        op_names: of the build's ``enum ggml_op``.
         unbacked: tensors that the process computes with from elsewhere than the mapping.
         problems: what cannot be traced in this process, a sentence each.
     """
@@ -89,6 +90,7 @@ class Session:
         self.layout: Layout | None = None
         self.graph: Graph | None = None
         self.problems: list[str] = list(target.problems)
+        self.op_names: dict[int, str] = {}
         self.unbacked: set[int] = set()
         self.backed: set[int] = set()
         self.account: Account = {}
@@ -177,6 +179,7 @@ class Session:
                 self._tries += 1
                 self.layout = derive(read, int(mark["a"]), weights)
                 self._apply_layout(self.layout)
+                self.op_names |= operator_names(self.target, read)
             graph = read_graph(read, int(mark["a"]), self.layout, weights)
         except (LlmtracedError, OSError) as error:
             log.debug("process %d: graph %#x: %s", self.target.pid, int(mark["a"]), error)
@@ -201,6 +204,9 @@ class Session:
         for name in Layout.__dataclass_fields__:
             slot[name] = getattr(layout, name)
         slot["layout"] = 1
+        self.op_names = {layout.op_mul_mat: "mul_mat"}
+        if layout.op_mul_mat_id:
+            self.op_names[layout.op_mul_mat_id] = "mul_mat_id"
 
     def _address(self, label: str, shard: int, offset: int) -> int | None:
         file = self.files.get((label, shard))
@@ -299,7 +305,7 @@ class Session:
             (Probe.FAULTS, self.rows.faults(of(Kind.FAULT))),
             (Probe.PAGECACHE, self.rows.pagecache(of(Kind.ADD, Kind.EVICT))),
             (Probe.READS, self.rows.reads(of(Kind.READ))),
-            (Probe.OPS, self.rows.ops(of(Kind.OP), dict(self._weights), {})),
+            (Probe.OPS, self.rows.ops(of(Kind.OP), dict(self._weights), self.op_names)),
             (Probe.ROUTING, self.rows.routing(of(Kind.ROUTE))),
         ]
         tokens = self._book.add(events, dict(self._batch_sizes))

@@ -184,6 +184,8 @@ def kernel_headers(find: Callable[[], headers.Headers], here: str) -> Check:
         found = find()
     except LlmtracedError as error:
         why = f"{error}".partition(";")[0]
+        if why.startswith("BCC_KERNEL_SOURCE"):
+            return Check("headers", "missing", printable(why), "unset BCC_KERNEL_SOURCE")
         anywhere = "; ".join(f"{name.capitalize()}: {packages[0]}" for name, packages in _PACKAGES.items())
         return Check("headers", "missing", why, _PACKAGES[here][0] if here else anywhere)
     return Check("headers", "ok", str(found))

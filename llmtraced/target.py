@@ -11,15 +11,15 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
 
+from llmtraced import elf
 from llmtraced.errors import FAILED, NO_PERMISSION, UNSUPPORTED, LlmtracedError
 from llmtraced.gguf_map import Model, is_gguf, read_model
 
@@ -35,6 +35,7 @@ __all__ = [
     "from_arguments",
     "gguf_arguments",
     "maps",
+    "operator_names",
     "parse_maps",
     "scan",
     "start_ticks",
@@ -351,7 +352,7 @@ def _ggml_symbols(pid: int) -> Iterator[tuple[str, Symbol]]:
         seen.add(key)
         path = reachable(pid, mapping)
         try:
-            symbols = elf_functions(path, b"ggml_")
+            symbols = elf.functions(path, b"ggml_")
         except (ELFError, OSError, ValueError) as error:
             log.debug("%s: no symbols: %s", mapping.path, error)
             continue
@@ -361,47 +362,39 @@ def _ggml_symbols(pid: int) -> Iterator[tuple[str, Symbol]]:
                 yield name, Symbol(path, offset)
 
 
+def operator_names(target: Target, read: Callable[[int, int], bytes]) -> dict[int, str]:
+    """Return the names of ``enum ggml_op`` in the target's build, from ggml's own table in its memory.
+
+    Args:
+        target: the process.
+        read: its memory: (address, length) → bytes.
+
+    Returns:
+        Value → name in lower case, such as 29 → ``mul_mat``; empty for a stripped build, which has no such symbol.
+    """
+    first: dict[tuple[int, int], Mapping] = {}
+    for mapping in maps(target.pid):
+        first.setdefault((mapping.device, mapping.inode), mapping)
+    for mapping in first.values():
+        if "ggml" not in os.path.basename(mapping.path) and mapping.path != os.path.realpath(f"/proc/{target.pid}/exe"):
+            continue
+        try:
+            found = elf.objects(reachable(target.pid, mapping), b"GGML_OP_NAME").get("GGML_OP_NAME")
+            if found is None or mapping.offset:
+                continue
+            address, size = found
+            pointers = np.frombuffer(read(mapping.start + address, size), np.uint64)
+            names = [read(int(p), 32).split(b"\0", 1)[0].decode("ascii", "replace").lower() for p in pointers]
+        except (ELFError, OSError, ValueError) as error:
+            log.debug("%s: no operator names: %s", mapping.path, error)
+            continue
+        return dict(enumerate(names))
+    return {}
+
+
 def find_symbol(target: Target, name: str) -> Symbol | None:
     """Return where ``name`` is in the target, or None if this build does not have it."""
     return target.symbols.get(name)
-
-
-_SYMBOL = np.dtype(
-    [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("section", "<u2"), ("value", "<u8"), ("size", "<u8")]
-)
-_STT_FUNC = 2
-
-
-def elf_functions(path: str, prefix: bytes) -> dict[str, int]:
-    """Return the defined functions of an ELF file whose names begin with ``prefix``, and their offsets in the file.
-
-    Both symbol tables are read (``.symtab`` is missing in stripped files), as arrays: a large binary has 10^5 symbols.
-
-    Raises:
-        ELFError, OSError, ValueError: not an ELF file, unreadable or malformed.
-    """
-    found: dict[str, int] = {}
-    with open(path, "rb") as stream:
-        elf = ELFFile(stream)
-        if elf.elfclass != 64 or not elf.little_endian:
-            raise ELFError("not a 64-bit little-endian file")
-        segments = [(s["p_vaddr"], s["p_filesz"], s["p_offset"]) for s in elf.iter_segments("PT_LOAD")]
-        for section in elf.iter_sections():
-            if section["sh_type"] not in ("SHT_DYNSYM", "SHT_SYMTAB"):
-                continue
-            data = section.data()
-            table = np.frombuffer(data, _SYMBOL, count=len(data) // _SYMBOL.itemsize)
-            strings = elf.get_section(section["sh_link"]).data()
-            functions = table[((table["info"] & 15) == _STT_FUNC) & (table["section"] != 0)]
-            # Anywhere, not only after a NUL: linkers store a name that ends another one inside it.
-            wanted = {m.start() for m in re.finditer(re.escape(prefix), strings)}
-            for symbol in functions[np.isin(functions["name"], np.fromiter(wanted, np.uint32, len(wanted)))]:
-                start = int(symbol["name"])
-                name = strings[start : strings.index(b"\0", start)].decode("ascii", "replace")
-                for address, size, offset in segments:
-                    if address <= symbol["value"] < address + size:
-                        found.setdefault(name, int(symbol["value"]) - address + offset)
-    return found
 
 
 def cgroup_of(pid: int, proc: Path = Path("/proc")) -> Cgroup | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any, Final
 from llmtraced.bench.engine import Server, ensure_gemma
 from llmtraced.bench.figures import machine, spread
 from llmtraced.bench.pressure import MemoryCgroup, drop_cache, read_ahead_file
-from llmtraced.bench.switch import Switch
+from llmtraced.bench.switch import Switch, cpu_seconds
 from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.schema import Detail
 from llmtraced.values import size
@@ -33,6 +34,9 @@ PROMPT: Final = "The sea is calm tonight, and the"
 _WARM_TOKENS: Final = 4
 _SETTLE_SECONDS: Final = 0.3
 _IDLE_SECONDS: Final = 10.0
+_FOREIGN: Final = 0.1
+"""Cores that others may use during a request; a pair with more is measured again."""
+_TRIES: Final = 20
 
 
 def limit_bytes(pressure: str, model_bytes: int, own_bytes: int) -> int | None:
@@ -69,22 +73,42 @@ class _Condition:
             self.switch.on(detail)
         self.server.completion(PROMPT, _WARM_TOKENS)  # the recorder learns the graph, and is done with it
         time.sleep(_SETTLE_SECONDS)
-        before, start = self.switch.cpu_seconds(), time.monotonic()
+        start, before = time.monotonic(), self._processors()
         rate = self.server.tokens_per_second(PROMPT, self.tokens)
-        seconds = time.monotonic() - start
-        found = {"rate": rate, "cpu": (self.switch.cpu_seconds() - before) / seconds, "seconds": seconds}
+        seconds, after = time.monotonic() - start, self._processors()
+        recorder, server, busy = ((b - a) / seconds for a, b in zip(before, after, strict=True))
+        found = {"rate": rate, "cpu": recorder, "foreign": busy - recorder - server}
         if detail is not None:
             found |= self.switch.memory() | self.switch.off()
         return found
+
+    def _processors(self) -> tuple[float, float, float]:
+        """Return processor seconds so far of the recorder, of the server, and of everything (stolen time too)."""
+        return self.switch.cpu_seconds(), cpu_seconds(self.server.pid), _busy_seconds()
+
+    def pair(self, detail: Detail | None, reverse: bool) -> tuple[dict[str, Any], dict[str, Any], int]:
+        """Return both halves of a pair, repeated while others disturb it, and how often it was disturbed."""
+        for disturbed in range(_TRIES):
+            first = self.once(detail if reverse else None)
+            second = self.once(None if reverse else detail)
+            without, traced = (second, first) if reverse else (first, second)
+            foreign = max(without["foreign"], traced["foreign"])
+            if foreign <= _FOREIGN:
+                return without, traced, disturbed
+            log.info("disturbed: other processes used %.2f cores meanwhile", foreign)
+            time.sleep(min(disturbed, 5))
+        return without, traced, _TRIES
 
     def pairs(self, detail: Detail | None, count: int) -> dict[str, Any]:
         """Return what ``count`` pairs say about ``detail`` (None: the control)."""
         without: list[dict[str, Any]] = []
         traced: list[dict[str, Any]] = []
+        disturbed = 0
         for number in range(count):
-            halves = [(without, None), (traced, detail)]
-            for results, level in halves if number % 2 == 0 else reversed(halves):
-                results.append(self.once(level))
+            *halves, repeated = self.pair(detail, number % 2 == 1)
+            for results, half in zip((without, traced), halves, strict=True):
+                results.append(half)
+            disturbed += repeated
             a, b = without[-1]["rate"], traced[-1]["rate"]
             name = detail.name.lower() if detail is not None else CONTROL
             log.info("%s, pair %d of %d: %.2f → %.2f tokens/s, %.4f", name, number + 1, count, a, b, b / a)
@@ -93,6 +117,8 @@ class _Condition:
             "median_ratio": ratios["median"],
             "ratio": ratios,
             "pairs": count,
+            "pairs_repeated": disturbed,
+            "foreign_cpu": round(max(one["foreign"] for one in without + traced), 3),
             "tokens_per_s_without": spread([one["rate"] for one in without]),
             "tokens_per_s_with": spread([one["rate"] for one in traced]),
         }
@@ -118,6 +144,12 @@ class _Condition:
         memory = self.switch.memory()
         self.switch.off()
         return {"detail": "faults", "seconds": seconds, "recorder_cpu": round(cpu, 5), **memory}
+
+
+def _busy_seconds(stat: Path = Path("/proc/stat")) -> float:
+    """Return the processor seconds that were not idle since boot, all cores; time stolen by the hypervisor counts."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = (int(n) for n in stat.read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from llmtraced.capture import Capture
 from llmtraced.errors import FAILED, LlmtracedError
 from llmtraced.schema import Detail
 
-__all__ = ["Switch"]
+__all__ = ["Switch", "cpu_seconds"]
 
 
 class Switch:
@@ -69,10 +69,8 @@ class Switch:
         return self._say("off")
 
     def cpu_seconds(self) -> float:
-        """Return the processor time that it has used so far, in user space and kernel, all threads."""
-        text = Path(f"/proc/{self._child.pid}/stat").read_text()
-        user, system = text[text.rindex(")") + 2 :].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        """Return the processor time that the recorder has used so far."""
+        return cpu_seconds(self._child.pid)
 
     def memory(self) -> dict[str, int]:
         """Return ``rss_bytes`` and ``peak_rss_bytes``."""
@@ -95,6 +93,13 @@ class Switch:
         if "error" in reply:
             raise LlmtracedError(reply["error"], reply["exit_code"])
         return reply
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that a process has used so far, in user space and kernel, all threads."""
+    text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    user, system = text[text.rindex(")") + 2 :].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def _serve(pid: int, folder: Path) -> None:

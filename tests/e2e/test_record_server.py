@@ -97,6 +97,8 @@ def test_the_sequence_of_weights_is_the_graphs(gemma: Path, tmp_path: Path, repa
         assert mine["tensor_name"].to_list() == expected
         assert mine["duration_ns"].min() > 0
     sizes = {t.name: t.size for t in read_model(gemma).tensors}
+    assert "mul_mat" in set(ops["op"])
+    assert not [name for name in set(ops["op"]) if name.startswith("op_")]
     assert all(sizes[n] == b for n, b in ops.select("tensor_name", "bytes_accessed").unique().iter_rows() if n)
     assert bool(session.unbacked) == repack
     backed = table(trace, "tensors")

@@ -34,7 +34,8 @@ def check(*options: str, before: Sequence[str] = (), **how: Any) -> tuple[int, d
 @pytest.fixture
 def user(small_model: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that maps a model and has no ggml in it."""
-    code = "import mmap,sys; f=open(sys.argv[1],'rb'); m=mmap.mmap(f.fileno(),0,prot=1); print('mapped',flush=True); input()"
+    code = "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); "
+    code += "print('mapped', flush=True); input()"
     command = [sys.executable, "-c", code, str(small_model)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None

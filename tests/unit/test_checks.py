@@ -146,6 +146,21 @@ def test_a_look_that_fails_does_not_keep_the_others_away(monkeypatch: pytest.Mon
     assert list(found)[-1] == "memory cgroups"
 
 
+def test_programs_that_do_not_compile() -> None:
+    said = "cannot load the BPF programs: BCC cannot compile them (x)\nIn file included\n/virtual/main.c:3:1: error: oh"
+    check = checks.refused(said)
+    assert check.detail.endswith("(x) /virtual/main.c:3:1: error: oh")
+    assert "-v check" in check.remedy
+    assert "lockdown" in checks.refused("cannot load: bpf: Operation not permitted").remedy
+
+
+def test_a_choice_of_headers_that_leads_nowhere() -> None:
+    def find() -> Headers:
+        raise LlmtracedError("BCC_KERNEL_SOURCE=/x is no complete tree; unset it")
+
+    assert requirements.kernel_headers(find, "debian").remedy == "unset BCC_KERNEL_SOURCE"
+
+
 # --- the command
 
 

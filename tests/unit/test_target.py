@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtraced import target
+from llmtraced import elf, target
 from llmtraced.bench import models
 
 LINE = b"7f0000001000-7f0000003000 r--s 00002000 fe:01 131 "
@@ -120,7 +120,7 @@ def test_functions_are_those_that_nm_lists() -> None:
         address, kind, name = line.split(maxsplit=2)
         if kind in "TtW" and name.startswith("get"):
             wanted[name.partition("@")[0]] = int(address, 16)
-    found = target.elf_functions(libc, b"get")
+    found = elf.functions(libc, b"get")
     assert len(wanted) > 50
     assert wanted.keys() <= found.keys()
     # In libc's text the address and the offset in the file are the same, or differ by the same amount throughout.
@@ -133,7 +133,7 @@ def test_what_is_no_elf_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "script"
     path.write_bytes(b"#!/bin/sh\n" * 100)
     with pytest.raises((ELFError, OSError, ValueError)):
-        target.elf_functions(str(path), b"ggml_")
+        elf.functions(str(path), b"ggml_")
 
 
 # --- arguments
