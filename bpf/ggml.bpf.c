@@ -32,6 +32,8 @@ int on_graph(struct pt_regs *ctx) {
         }
         // Each token of a decode batch wants its logits; of a prompt only the last does.
         slot->phase = tokens == outputs ? PHASE_DECODE : PHASE_PROMPT;
+    } else if (slot->token) {
+        slot->phase = PHASE_UNKNOWN; // the very first graph is the warm-up, part of the load
     }
     slot->graph_start = now;
     __sync_fetch_and_add(&slot->token, 1);

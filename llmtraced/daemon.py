@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import GCCollector, PlatformCollector, ProcessCollector, start_http_server
@@ -56,10 +57,12 @@ class Daemon:
 
     Args:
         config: what to do.
+        say: told what happens, as a dict with an ``event``: ready, begin, end, stopped.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, say: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
         self.config = config
+        self._say = say
         self.detail = Detail[config.detail.upper()]
         self.tracer = Tracer(Sizes(ring_bytes=config.ring))
         self.recorder = Recorder(self.tracer, config.flush)
@@ -82,12 +85,14 @@ class Daemon:
         """
         try:
             self._listen()
+            self._say({"event": "ready", "port": self.port, "compile_seconds": self.tracer.programs.compile_seconds})
             notify(f"READY=1\nSTATUS=tracing {self.detail.name.lower()}")
             while not stop():
                 self.step()
         finally:
             notify("STOPPING=1")
             self.close()
+            self._say({"event": "stopped"})
 
     def _listen(self) -> None:
         if not self.config.address:
@@ -161,13 +166,19 @@ class Daemon:
         log.info(
             "tracing process %d (%s) with %s", target.pid, printable(target.comm), printable(", ".join(target.models))
         )
+        self._say({"event": "begin", "pid": target.pid, "session": writer.session, "models": list(target.models)})
         for problem in target.problems:
             log.warning("process %d: %s", target.pid, problem)
 
     def _end(self, key: tuple[int, int]) -> None:
         session = self._sessions.pop(key)
         self.recorder.remove(session)
+        self._tell_end(session)
         log.info("process %d has ended", key[0])
+
+    def _tell_end(self, session: Session) -> None:
+        told = {"event": "end", "pid": session.target.pid, "session": session.writer.session}
+        self._say({**told, "account": session.account, "rows": session.writer.rows, "problems": session.problems})
 
     def close(self) -> None:
         """Stop listening, end all sessions, write everything."""
@@ -175,6 +186,8 @@ class Daemon:
             self._server.shutdown()
             self._server.server_close()
         self.recorder.close()
+        for session in self._sessions.values():
+            self._tell_end(session)
         self._sessions.clear()
         self.tracer.close()
 

@@ -24,7 +24,12 @@ __all__ = ["IN_CONTAINER", "Check", "Status", "all_fine", "distribution", "read_
 
 Status = Literal["ok", "missing", "degraded", "unknown"]
 
-_CAPABILITIES: Final = {"CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21}  # include/uapi/linux/capability.h
+# include/uapi/linux/capability.h
+_CAPABILITIES: Final = {"CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
+_WITHOUT: Final = {
+    "CAP_SYS_ADMIN": "no CAP_SYS_ADMIN, tracefs cannot be mounted, nor split headers of another kernel shown",
+    "CAP_SYS_PTRACE": "no CAP_SYS_PTRACE, operators and experts cannot be told, other users' processes not be seen",
+}
 _PACKAGES: Final = {
     # distribution: (kernel headers, BCC)
     "debian": ("apt-get install linux-headers-$(uname -r) || apt-get install linux-headers-amd64", "python3-bpfcc"),
@@ -104,9 +109,11 @@ def privileges(euid: int, status: str, uid_map: str) -> Check:
         return Check("privileges", "missing", "root of a user namespace only (a rootless container)", IN_CONTAINER)
     match = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
     held = int(match[1], 16) if match else -1
-    lacking = [name for name, bit in _CAPABILITIES.items() if not held >> bit & 1]
-    if lacking:
-        return Check("privileges", "missing", f"root without {', '.join(lacking)}", IN_CONTAINER)
+    has = {name for name, bit in _CAPABILITIES.items() if held >> bit & 1}
+    if not ("CAP_SYS_ADMIN" in has or {"CAP_BPF", "CAP_PERFMON"} <= has):
+        return Check("privileges", "missing", "root without CAP_SYS_ADMIN, or CAP_BPF and CAP_PERFMON", IN_CONTAINER)
+    if lost := [text for name, text in _WITHOUT.items() if name not in has]:
+        return Check("privileges", "degraded", f"root without some capabilities: {'; '.join(lost)}", IN_CONTAINER)
     return Check("privileges", "ok", "root, with the capabilities that are needed")
 
 
@@ -226,9 +233,7 @@ def folios() -> Check:
     if tracefs.has_field("filemap", "mm_filemap_add_to_page_cache", "order"):
         return Check("folio order", "ok", "page-cache events carry the size of their folio", required=False)
     why = "page-cache events carry no folio order: a large folio, if this kernel has any, counts as one page"
-    return Check(
-        "folio order", "degraded", why, "a newer kernel (5.18 and older have single pages only)", required=False
-    )
+    return Check("folio order", "degraded", why, "a newer kernel", required=False)
 
 
 def cgroup(group: target.Cgroup | None) -> Check:

@@ -37,6 +37,7 @@ _IDLE_SECONDS: Final = 10.0
 _FOREIGN: Final = 0.1
 """Cores that others may use during a request; a pair with more is measured again."""
 _TRIES: Final = 20
+_CALM_SECONDS: Final = 60.0
 
 
 def limit_bytes(pressure: str, model_bytes: int, own_bytes: int) -> int | None:
@@ -86,9 +87,19 @@ class _Condition:
         """Return processor seconds so far of the recorder, of the server, and of everything (stolen time too)."""
         return self.switch.cpu_seconds(), cpu_seconds(self.server.pid), _busy_seconds()
 
+    def wait_for_calm(self) -> None:
+        """Wait until others leave the processors alone, or for a minute."""
+        deadline = time.monotonic() + _CALM_SECONDS
+        busy = _FOREIGN + 1
+        while busy > _FOREIGN and time.monotonic() < deadline:
+            start, before = time.monotonic(), _busy_seconds()
+            time.sleep(0.5)
+            busy = (_busy_seconds() - before) / (time.monotonic() - start)
+
     def pair(self, detail: Detail | None, reverse: bool) -> tuple[dict[str, Any], dict[str, Any], int]:
         """Return both halves of a pair, repeated while others disturb it, and how often it was disturbed."""
         for disturbed in range(_TRIES):
+            self.wait_for_calm()
             first = self.once(detail if reverse else None)
             second = self.once(None if reverse else detail)
             without, traced = (second, first) if reverse else (first, second)
@@ -96,7 +107,6 @@ class _Condition:
             if foreign <= _FOREIGN:
                 return without, traced, disturbed
             log.info("disturbed: other processes used %.2f cores meanwhile", foreign)
-            time.sleep(min(disturbed, 5))
         return without, traced, _TRIES
 
     def pairs(self, detail: Detail | None, count: int) -> dict[str, Any]:

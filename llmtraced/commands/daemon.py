@@ -10,9 +10,11 @@ with everything on disk; the servers never notice.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 from pathlib import Path
+from typing import Any
 
 from llmtraced.schema import Detail
 from llmtraced.values import duration, size
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scan", type=duration, metavar="S", help="seconds between looks for new servers (2s)")
     parser.add_argument("--ring", type=size, metavar="SIZE", help="event buffer, a power of two (16M)")
     parser.add_argument("--tensors", type=int, metavar="N", help="most tensors to export one by one (2000)")
+    parser.add_argument("--json", action="store_true", help="say on stdout what happens, a JSON object a line")
     parser.add_argument("--check-config", action="store_true", help="read the configuration, print it, and end")
 
 
@@ -47,10 +50,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from llmtraced.daemon import Daemon
 
+    def say(event: dict[str, Any]) -> None:
+        print(json.dumps(event), flush=True)
+
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _frame: stop.append(received))
     log.info("compiling the probes")
-    Daemon(config).run(lambda: bool(stop))
+    Daemon(config, say if args.json else lambda _: None).run(lambda: bool(stop))
     log.info("stopped; everything is on disk")
     return 0

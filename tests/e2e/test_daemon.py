@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import signal
 import subprocess
@@ -38,9 +39,10 @@ class Running:
     def __init__(self, trace: Path, port: int, log: Path) -> None:
         self.trace, self.port, self.log = trace, port, log
         command = [sys.executable, "-m", "llmtraced", "daemon", "--trace", str(trace)]
-        command += ["--listen", f"127.0.0.1:{port}", "--flush", "1s", "--scan", "200ms"]
-        with log.open("wb") as stderr:
-            self.process = subprocess.Popen(command, stderr=stderr)
+        command += ["--listen", f"127.0.0.1:{port}", "--flush", "1s", "--scan", "200ms", "--json"]
+        self.said = log.with_suffix(".json")
+        with log.open("wb") as stderr, self.said.open("wb") as stdout:
+            self.process = subprocess.Popen(command, stderr=stderr, stdout=stdout)
 
     def scrape(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -92,7 +94,9 @@ def test_metrics_and_trace_tell_the_same_story(tmp_path: Path) -> None:
                 last = running.scrape()
                 assert psutil.Process(running.process.pid).memory_info().rss < 200e6
                 time.sleep(2)
-                assert {k for k in running.scrape() if ("pid", pid) in k[1]} == {k for k in last if ("pid", pid) in k[1]}
+                assert {k for k in running.scrape() if ("pid", pid) in k[1]} == {
+                    k for k in last if ("pid", pid) in k[1]
+                }
             wait_until(lambda: running.total("llmtraced_mapped_bytes", pid=pid) == 0, 20, "the server's end is seen")
         # A second server after the first.
         with Server(model, threads=1, ctx=512) as server:
@@ -103,6 +107,9 @@ def test_metrics_and_trace_tell_the_same_story(tmp_path: Path) -> None:
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(30) == 0, running.log.read_text()
 
+    events = [json.loads(line) for line in running.said.read_text().splitlines()]
+    assert [e["event"] for e in events][:: len(events) - 1] == ["ready", "stopped"]
+    assert [e["event"] for e in events if e.get("pid") == int(pid)] == ["begin", "end"]
     sessions = [str(s) for s in open_trace(tmp_path / "trace").sessions]  # and what else ran on the machine
     (first,) = [s for s in sessions if f"-{pid}-" in s]
     assert [s for s in sessions if f"-{second}-" in s]
@@ -125,7 +132,10 @@ def test_metrics_and_trace_tell_the_same_story(tmp_path: Path) -> None:
     assert scraped("llmtraced_tensor_read_bytes_total") == report["total_bytes_read"] > 0
     assert report["reread_bytes"] > 0
     tokens = trace.table("tokens").collect()
-    assert scraped("llmtraced_tokens_total", phase="decode") == tokens.filter(pl.col("phase") == "decode")["n_tokens"].sum()
+    assert (
+        scraped("llmtraced_tokens_total", phase="decode")
+        == tokens.filter(pl.col("phase") == "decode")["n_tokens"].sum()
+    )
     assert scraped("llmtraced_graphs_total") == tokens.filter(pl.col("token") > 0).height
     stall = tokens.filter(pl.col("token") > 0)["stall_ns"].sum() / 1e9
     assert scraped("llmtraced_stall_seconds_total") >= stall * 0.999

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmtraced.bench import models
-from llmtraced.bench.pressure import ReadAhead, drop_cache
+from llmtraced.bench.pressure import MemoryCgroup, ReadAhead, drop_cache
 from llmtraced.bench.touch import Touch, choose_offsets
 from llmtraced.capture import Capture
 from llmtraced.gguf_map import read_model
@@ -125,6 +127,25 @@ def test_major_faults_and_adds_are_exact_ten_times_of_ten(model: Path, tmp_path:
         assert session.write_error is None
 
 
+def test_the_cgroup_counts_the_same(model: Path, tmp_path: Path) -> None:
+    """Inside a memory cgroup too small for the model: its counters, the process's and ours agree."""
+    wanted = offsets_with_straddles(model, 5)
+    drop_cache(model)
+    capture = Capture(tmp_path / "trace", Detail.FAULTS, flush_seconds=60)
+    with MemoryCgroup(f"llmtraced-exact-{os.getpid()}", 64 << 20) as cgroup:
+        with Touch(model, wanted, wrap=cgroup.enter_command) as touch:
+            capture.attach(touch.ready["pid"])
+            drop_cache(model)
+            before = cgroup.stat()
+            done = touch.go()
+            after = cgroup.stat()
+            capture.step()
+    account = capture.close()["account"]["faults"]
+    ours = table(tmp_path / "trace", "faults")
+    assert ours["major"].sum() == done["majflt"] == after["pgmajfault"] - before["pgmajfault"] == COUNT
+    assert account["counted"] == done["majflt"] + done["minflt"] == after["pgfault"] - before["pgfault"]
+
+
 def totals(capture: Capture) -> dict[str, int]:
     assert capture.session is not None
     (file,) = capture.session.files.values()
@@ -171,8 +192,6 @@ def test_causes_are_told_apart(model: Path, tmp_path: Path) -> None:
         capture.step()
         drop_cache(model)
         with model.open("rb", buffering=0) as stream:
-            import os
-
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             read = os.pread(stream.fileno(), 5 * PAGE, 4 * PAGE)
             drop_cache(model)
@@ -203,8 +222,6 @@ def test_a_flood_is_accounted_for_to_the_last_fault(model: Path, tmp_path: Path)
     capture = Capture(trace, Detail.FAULTS, flush_seconds=1)
     with Touch(model, None, "--flood", str(n)) as touch:
         capture.attach(touch.ready["pid"])
-        import threading
-
         result: dict[str, int] = {}
         worker = threading.Thread(target=lambda: result.update(touch.go()))
         worker.start()
