@@ -73,7 +73,9 @@ struct model_file {
     u64 pages;
     u64 spare;
 };
-BPF_HASH(file_ids, struct file_id, u32, LT_FILES);
+BPF_HASH(file_ids, struct file_id, u32, LT_FILES); // -> the number it has for a process that is no target
+// Processes that share a file each have a number of their own for it: slot * LT_FILES + number above -> own number + 1.
+BPF_F_TABLE("array", u32, u64, aliases, LT_SLOTS *LT_FILES, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct model_file, files, LT_FILES, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, u64, bounds, LT_BOUNDS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, u64, seen, LT_SEEN_WORDS, BPF_F_MMAPABLE);

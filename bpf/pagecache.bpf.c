@@ -147,21 +147,27 @@ INLINE void total(struct run *run, struct model_file *file, u8 kind) {
         __sync_fetch_and_add(unplaced, run->left);
 }
 
-INLINE struct model_file *find_file(u64 dev, u64 ino, u32 *number) {
+INLINE struct model_file *find_file(u64 dev, u64 ino, u32 *target, u32 *number) {
     struct file_id id = {.ino = ino, .dev = dev};
     u32 *found = file_ids.lookup(&id);
     if (!found)
         return 0;
     *number = *found;
+    if (target) {
+        u32 key = *target * LT_FILES + *found;
+        u64 *own = aliases.lookup(&key);
+        if (own && *own)
+            *number = *own - 1;
+    }
     return files.lookup(number);
 }
 
 INLINE int page_cache_changes(u64 dev, u64 ino, u64 index, u32 order, u8 kind) {
     u32 file_no = 0;
-    struct model_file *file = find_file(dev, ino, &file_no);
+    u32 *target = current_slot_no();
+    struct model_file *file = find_file(dev, ino, target, &file_no);
     if (!file)
         return 0;
-    u32 *target = current_slot_no();
     u32 slot_no = target ? *target : file->slot, which = kind == KIND_ADD ? 0 : 1;
     struct slot *slot = slots.lookup(&slot_no);
     struct run *run = runs.lookup(&which);
@@ -235,7 +241,8 @@ BPF_HASH(reading, u32, struct reading, LT_THREADS);
 
 int on_read(struct tracepoint__filemap__mm_filemap_get_pages *args) {
     u32 file_no = 0;
-    struct model_file *file = find_file(args->s_dev, args->i_ino, &file_no);
+    u32 *target = current_slot_no();
+    struct model_file *file = find_file(args->s_dev, args->i_ino, target, &file_no);
     if (!file)
         return 0;
     u64 task = bpf_get_current_pid_tgid();
@@ -249,7 +256,6 @@ int on_read(struct tracepoint__filemap__mm_filemap_get_pages *args) {
         reading.update(&thread, &now);
     if (same)
         return 0;
-    u32 *target = current_slot_no();
     u32 slot_no = target ? *target : file->slot, epoch = current_epoch();
     struct slot *slot = slots.lookup(&slot_no);
     if (!slot)

@@ -152,12 +152,15 @@ def derive(read: Reader, graph: int, weights: Mapping[str, Weight]) -> Layout:
         raise _unsupported("its nodes cannot be read")
 
     # Which word of a node points to something that carries a weight's name, and where that name stands in it.
+    # A pointer counts once: all nodes have the same buffer, and some name may by chance stand behind it.
     found: Counter[tuple[int, int]] = Counter()
     named: dict[int, tuple[bytes, bytes]] = {}
+    met: set[tuple[int, int]] = set()
     for data in tensors.values():
         for word, pointer in enumerate(_pointers(data)[: _TENSOR_BYTES // 16]):
-            if not _plausible(pointer) or pointer in tensors:
+            if not _plausible(pointer) or pointer in tensors or (word, pointer) in met:
                 continue
+            met.add((word, pointer))
             source = named.get(pointer)
             if source is None:
                 content = _try(read, pointer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any, Final
@@ -107,8 +108,11 @@ class TraceWriter:
                 writer.write_table(table.cast(schema), row_group_size=ROW_GROUP)
             size = temporary.stat().st_size
             temporary.replace(final)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
+        except BaseException as error:
+            with suppress(OSError):  # the folder itself may be what cannot be had
+                temporary.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             raise LlmtracedError(f"cannot write {final}: {error.strerror or error}") from error
         self._sequence[name] += 1
         self.rows[name] += table.num_rows
@@ -116,9 +120,13 @@ class TraceWriter:
 
     def rewrite(self, name: str, table: pa.Table) -> None:
         """Write the table ``name`` as one file in the place of what was written of it before."""
-        self._sequence[name] = 0
-        self.rows[name] = 0
-        self.write(name, table, "", {})
+        before = self._sequence[name], self.rows[name], self.bytes[name]
+        self._sequence[name] = self.rows[name] = self.bytes[name] = 0
+        try:
+            self.write(name, table, "", {})
+        except BaseException:
+            self._sequence[name], self.rows[name], self.bytes[name] = before
+            raise
 
 
 def clean_leftovers(folder: Path) -> int:

@@ -216,7 +216,7 @@ def _session(model: Model, folder: Path) -> Session:
     target = Target(os.getpid(), 0, "bench", [], {"model": model}, [ModelFile("model", 0, 0, 0, ())])
     target.__dict__["symbols"] = {}  # nothing to attach to
     writer = TraceWriter(folder, "bench", {})
-    return Session(cast(Tracer, _NoKernel()), target, writer, Detail.FAULTS, Phase.DECODE)
+    return Session(cast("Tracer", _NoKernel()), target, writer, Detail.FAULTS, Phase.DECODE)
 
 
 @contextlib.contextmanager
@@ -227,9 +227,9 @@ def _one_core(others: list[int]) -> Iterator[int]:
 
     def move(to: set[int]) -> None:
         for pid in (os.getpid(), *others):
-            for thread in os.listdir(f"/proc/{pid}/task"):
+            for thread in Path(f"/proc/{pid}/task").iterdir():
                 with contextlib.suppress(ProcessLookupError):
-                    os.sched_setaffinity(int(thread), to)
+                    os.sched_setaffinity(int(thread.name), to)
 
     threads = pa.cpu_count(), pa.io_thread_count()
     pa.set_cpu_count(1)

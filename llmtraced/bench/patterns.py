@@ -1,4 +1,4 @@
-"""Page faults as a server under memory pressure makes them, computed from a model's tensor map: ring records, no kernel.
+"""Page faults as a server under memory pressure makes them, computed from a model's tensor map: ring records.
 
 Their shape was taken from traces of llama-server with the real Gemma 3 270M at 70 % of its memory (docs/benchmarks.md):
 two threads share each tensor and wait for each other before the next; each walks its half, and a fault maps what
@@ -52,7 +52,7 @@ def _walk(tensors: list[Tensor], thread: int) -> tuple[NDArray[np.int64], NDArra
 
 
 def faults(model: Model, n: int, pattern: str, seed: int = 1) -> NDArray[Any]:
-    """Return ``n`` FAULT records, dtype schema.EVENT, in the order in which the faults end (which they do not begin in).
+    """Return ``n`` FAULT records, dtype schema.EVENT, in the order in which the faults end (not begin).
 
     Args:
         model: whose first shard is walked, again and again; one pass is one token.

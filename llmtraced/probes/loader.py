@@ -52,7 +52,7 @@ PROGRAMS: Final[Mapping[str, str]] = {
 """BPF programs and their types; uprobes are of type KPROBE."""
 
 _MAPS: Final = (
-    *("ring", "slots", "targets", "prefetchers", "ranges", "file_ids", "files"),
+    *("ring", "slots", "targets", "prefetchers", "ranges", "file_ids", "files", "aliases"),
     *("bounds", "counters", "seen", "accounts", "config"),
 )
 # System calls by number, x86-64: arch/x86/entry/syscalls/syscall_64.tbl

@@ -86,8 +86,10 @@ class Tracer:
         self._process_fds: dict[int, list[int]] = {}
         self._uprobes: dict[int, dict[str, Symbol]] = {}
         self._slot_pids: dict[int, int] = {}
+        self._aliases = kernel.map_array(maps["aliases"], BOUND, SLOTS * loader.FILES).reshape(SLOTS, loader.FILES)
         self._file_ids: dict[int, bytes] = {}
         self._file_slots: dict[int, int] = {}
+        self._sharers: dict[bytes, list[int]] = {}
         self._bound_space = _Space(self.sizes.bounds)
         self._seen_space = _Space(len(self._seen))
         self._range_space = _Space(self.sizes.ranges)
@@ -300,11 +302,28 @@ class Tracer:
         self._files[number] = (slot, bounds, n_bytes, bounds + n_bytes, n_pages, seen, pages, words)
         self._file_ids[number] = struct.pack("<QQ", inode, device)
         self._file_slots[number] = slot
-        kernel.map_update(self.programs.maps["file_ids"], self._file_ids[number], struct.pack("<I", number))
+        identity = self._file_ids[number]
+        self._sharers.setdefault(identity, []).append(number)
+        self._share(identity)
+
+    def _share(self, identity: bytes) -> None:
+        """Tell the kernel who has which number for a file; the first also gets what other processes do to it."""
+        sharers = self._sharers[identity]
+        for number in sharers:
+            self._aliases[self._file_slots[number], sharers[0]] = number + 1
+        kernel.map_update(self.programs.maps["file_ids"], identity, struct.pack("<I", sharers[0]))
 
     def remove_file(self, number: int) -> None:
-        """Stop counting a file."""
-        kernel.map_delete(self.programs.maps["file_ids"], self._file_ids.pop(number))
+        """Stop counting a file for its process."""
+        identity, slot = self._file_ids.pop(number), self._file_slots[number]
+        self._sharers[identity].remove(number)
+        if self._sharers[identity]:
+            self._share(identity)
+        else:
+            kernel.map_delete(self.programs.maps["file_ids"], identity)
+            del self._sharers[identity]
+        self._aliases[slot] = np.where(self._aliases[slot] == number + 1, 0, self._aliases[slot])
+        self._aliases[:, number] = 0
         del self._file_slots[number]
         entry = self._files[number]
         self._bound_space.give(int(entry["byte_base"]), int(entry["byte_count"] + entry["page_count"]))

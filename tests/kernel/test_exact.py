@@ -13,12 +13,17 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
+from llmtraced import target as targets
 from llmtraced.bench import models
 from llmtraced.bench.pressure import MemoryCgroup, ReadAhead, drop_cache
 from llmtraced.bench.touch import Touch, choose_offsets
 from llmtraced.capture import Capture
 from llmtraced.gguf_map import read_model
-from llmtraced.schema import PAGE, Detail
+from llmtraced.metrics import tensor_totals
+from llmtraced.probes.tracer import Tracer
+from llmtraced.recorder import Recorder, Session, session_metadata, session_name
+from llmtraced.schema import PAGE, Detail, Phase
+from llmtraced.store import TraceWriter
 
 pytestmark = pytest.mark.kernel
 
@@ -132,14 +137,16 @@ def test_the_cgroup_counts_the_same(model: Path, tmp_path: Path) -> None:
     wanted = offsets_with_straddles(model, 5)
     drop_cache(model)
     capture = Capture(tmp_path / "trace", Detail.FAULTS, flush_seconds=60)
-    with MemoryCgroup(f"llmtraced-exact-{os.getpid()}", 64 << 20) as cgroup:
-        with Touch(model, wanted, wrap=cgroup.enter_command) as touch:
-            capture.attach(touch.ready["pid"])
-            drop_cache(model)
-            before = cgroup.stat()
-            done = touch.go()
-            after = cgroup.stat()
-            capture.step()
+    with (
+        MemoryCgroup(f"llmtraced-exact-{os.getpid()}", 64 << 20) as cgroup,
+        Touch(model, wanted, wrap=cgroup.enter_command) as touch,
+    ):
+        capture.attach(touch.ready["pid"])
+        drop_cache(model)
+        before = cgroup.stat()
+        done = touch.go()
+        after = cgroup.stat()
+        capture.step()
     account = capture.close()["account"]["faults"]
     ours = table(tmp_path / "trace", "faults")
     assert ours["major"].sum() == done["majflt"] == after["pgmajfault"] - before["pgmajfault"] == COUNT
@@ -213,6 +220,43 @@ def test_causes_are_told_apart(model: Path, tmp_path: Path) -> None:
     reads = table(trace, "reads").filter(pl.col("timestamp") > touched["end_ns"])
     assert reads["bytes"].sum() == 5 * PAGE
     assert reads["offset_bytes"].min() == 4 * PAGE
+
+
+def test_two_processes_on_one_model_are_told_apart(model: Path, tmp_path: Path) -> None:
+    """Each has its own faults and its own reads; when the first leaves, the second keeps what is its."""
+    drop_cache(model)
+    tracer = Tracer()
+    recorder = Recorder(tracer, flush_seconds=60)
+    wanted = offsets_with_straddles(model, 3)
+    mine, yours = wanted[:500], wanted[500:]
+    sessions: list[Session] = []
+    with Touch(model, mine) as first, Touch(model, yours) as second:
+        for touch in (first, second):
+            target = targets.find_target(touch.ready["pid"])
+            writer = TraceWriter(tmp_path / "trace", session_name(target), session_metadata(target, Detail.FAULTS))
+            sessions.append(recorder.add(target, writer, Detail.FAULTS, Phase.UNKNOWN))
+        drop_cache(model)
+        first.go()
+        recorder.poll()
+        recorder.remove(sessions[0])
+        second.go()
+    drop_cache(model)  # the processes have ended: nothing holds the pages any more
+    recorder.poll()
+    numbers = [tensor_totals(s) for s in sessions[1:]]
+    recorder.close()
+    tracer.close()
+    for session, touched in zip(sessions, (mine, yours), strict=True):
+        assert session.account["faults"]["counted"] == len(touched)
+        files = [
+            f for f in (tmp_path / "trace" / "pagecache").glob("*.parquet") if f.name.startswith(session.writer.session)
+        ]
+        adds = pl.concat([pl.read_parquet(f) for f in files]).filter(pl.col("action") == "add")
+        assert adds.filter(pl.col("pid") == session.target.pid)["bytes"].sum() == len(touched) * PAGE
+    assert numbers[0].major.sum() == len(yours)
+    assert numbers[0].added.sum() == len(yours) * PAGE
+    # The pages of both were dropped by us, after the first had left: they are the second's to hear of.
+    evicted = pl.concat([pl.read_parquet(f) for f in files]).filter(pl.col("action") == "evict")
+    assert evicted["bytes"].sum() == numbers[0].evicted.sum() == (len(mine) + len(yours)) * PAGE
 
 
 def test_a_flood_is_accounted_for_to_the_last_fault(model: Path, tmp_path: Path) -> None:

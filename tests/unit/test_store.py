@@ -42,6 +42,10 @@ def everything(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
+def full(*_args: object, **_options: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @pytest.fixture
 def writer(tmp_path: Path) -> TraceWriter:
     return TraceWriter(tmp_path / "trace", "0badcafe-1-2", {"pid": 7, "models": [{"path": "ä\x1b"}]})
@@ -109,6 +113,23 @@ def test_rewrite_takes_the_place_of_what_was_there(writer: TraceWriter, tmp_path
     assert writer.bytes["tensors"] == (tmp_path / "trace/tensors/0badcafe-1-2-000000.parquet").stat().st_size
 
 
+def test_a_rewrite_that_fails_changes_nothing(writer: TraceWriter, tmp_path: Path) -> None:
+    writer.rewrite("tensors", table("tensors", 3))
+    before = (
+        dict(writer.rows),
+        dict(writer.bytes),
+        (tmp_path / "trace/tensors/0badcafe-1-2-000000.parquet").read_bytes(),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pq.ParquetWriter, "write_table", full)
+        with pytest.raises(LlmtracedError):
+            writer.rewrite("tensors", table("tensors", 4))
+    after = (tmp_path / "trace/tensors/0badcafe-1-2-000000.parquet").read_bytes()
+    assert (writer.rows, writer.bytes, after) == before
+    writer.rewrite("tensors", table("tensors", 4))
+    assert everything(tmp_path) == ["trace/tensors/0badcafe-1-2-000000.parquet"]
+
+
 def test_rewrite_leaves_other_sessions_alone(tmp_path: Path) -> None:
     for session in ("one", "two"):
         TraceWriter(tmp_path, session, {}).rewrite("tensors", table("tensors", 2))
@@ -163,9 +184,6 @@ def test_a_full_disk_leaves_nothing(
 ) -> None:
     writer.write("faults", table(), "faults", {})
     before = everything(tmp_path), dict(writer.rows), dict(writer.bytes)
-
-    def full(*_args: object, **_options: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(Path if step == "replace" else pq.ParquetWriter, step, full)
