@@ -20,6 +20,7 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import NoteSection
 
 from llmtraced import elf, target
+from llmtraced.cgroup import cgroup_of
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.probes import KERNEL_POINTS, PROCESS_POINTS, kernel, loader, tracefs
 from llmtraced.probes.points import SoftwareEvent, Tracepoint
@@ -292,7 +293,7 @@ def build_id(path: str) -> str:
 
 
 def _limit(it: target.Target) -> Check:
-    group = target.cgroup_of(it.pid)
+    group = cgroup_of(it.pid)
     if group is None:
         return Check("memory limit", "degraded", "not known: the process is in no memory cgroup", required=False)
     total = sum(s.size for m in it.models.values() for s in m.shards)

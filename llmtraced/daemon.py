@@ -26,8 +26,9 @@ from llmtraced.errors import LlmtracedError, printable
 from llmtraced.metrics import LlmtracedCollector
 from llmtraced.probes.loader import Sizes
 from llmtraced.probes.tracer import Tracer
-from llmtraced.recorder import Recorder, Session, session_metadata, session_name
+from llmtraced.recorder import Recorder
 from llmtraced.schema import Detail, Phase
+from llmtraced.session import Session, session_metadata, session_name
 from llmtraced.store import TraceWriter, clean_leftovers
 
 __all__ = ["Daemon", "notify"]

@@ -17,8 +17,9 @@ from prometheus_client.registry import Collector
 
 from llmtraced import __version__
 from llmtraced.errors import printable
-from llmtraced.recorder import Recorder, Session
+from llmtraced.recorder import Recorder
 from llmtraced.schema import CAUSES, PHASES, Probe
+from llmtraced.session import Session
 
 __all__ = ["LlmtracedCollector", "TensorTotals", "tensor_totals"]
 

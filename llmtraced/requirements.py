@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from llmtraced import headers, target
+from llmtraced import headers
+from llmtraced.cgroup import Cgroup, cgroup_of
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.probes import kernel, tracefs
 
@@ -70,7 +71,7 @@ def all_fine(checks: Sequence[Check]) -> bool:
 def system() -> Iterator[Check]:
     """Yield what can be said without loading anything; one that cannot be looked at does not keep the others away."""
     status, here = read_text("/proc/self/status"), distribution(read_text("/etc/os-release"))
-    group = target.cgroup_of(os.getpid())
+    group = cgroup_of(os.getpid())
     paranoid, lockdown = "/proc/sys/kernel/perf_event_paranoid", "/sys/kernel/security/lockdown"
     looks: Mapping[str, Callable[[], Check]] = {
         "privileges": lambda: privileges(os.geteuid(), status, read_text("/proc/self/uid_map")),
@@ -214,7 +215,7 @@ def bcc(here: str) -> Check:
     return Check("bcc", "missing", why, f"{install} {_PACKAGES[here][1]}" if here else anywhere)
 
 
-def memory(meminfo: str, group: target.Cgroup | None) -> Check:
+def memory(meminfo: str, group: Cgroup | None) -> Check:
     """Check that programs can be compiled in the memory there is."""
     match = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo, re.MULTILINE)
     available = int(match[1]) << 10 if match else 0
@@ -236,7 +237,7 @@ def folios() -> Check:
     return Check("folio order", "degraded", why, "a newer kernel", required=False)
 
 
-def cgroup(group: target.Cgroup | None) -> Check:
+def cgroup(group: Cgroup | None) -> Check:
     """Check for the memory controller, which knows the limit of a server."""
     if group is None:
         why = "no memory controller is mounted: a server's limit and usage are not known"

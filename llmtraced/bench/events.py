@@ -29,7 +29,7 @@ from llmtraced.errors import FAILED, LlmtracedError
 from llmtraced.gguf_map import Model, Shard, Tensor, read_model
 from llmtraced.probes.ringbuf import Ring
 from llmtraced.probes.tracer import Tracer
-from llmtraced.recorder import Session
+from llmtraced.session import Session
 from llmtraced.resolve import Resolver
 from llmtraced.schema import Detail, Phase, Probe
 from llmtraced.store import TraceWriter

@@ -21,8 +21,9 @@ from llmtraced.capture import Capture
 from llmtraced.gguf_map import read_model
 from llmtraced.metrics import tensor_totals
 from llmtraced.probes.tracer import Tracer
-from llmtraced.recorder import Recorder, Session, session_metadata, session_name
+from llmtraced.recorder import Recorder
 from llmtraced.schema import PAGE, Detail, Phase
+from llmtraced.session import Session, session_metadata, session_name
 from llmtraced.store import TraceWriter
 
 pytestmark = pytest.mark.kernel

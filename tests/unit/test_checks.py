@@ -14,7 +14,7 @@ from llmtraced.commands import main
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
 from llmtraced.headers import Headers
 from llmtraced.requirements import Check
-from llmtraced.target import Cgroup
+from llmtraced.cgroup import Cgroup
 
 ALL = "Name:\tpython\nCapEff:\t000001ffffffffff\nSeccomp:\t0\n"
 HOST = "         0          0 4294967295\n"

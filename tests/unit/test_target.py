@@ -12,6 +12,7 @@ import pytest
 
 from llmtraced import elf, target
 from llmtraced.bench import models
+from llmtraced.cgroup import Cgroup, cgroup_of
 
 LINE = b"7f0000001000-7f0000003000 r--s 00002000 fe:01 131 "
 
@@ -168,9 +169,9 @@ def test_version_1(tmp_path: Path) -> None:
     kinds = ((30, "cpu"), (31, "memory"))
     mounts = "".join(f"{n} 20 0:{n} / {tmp_path}/{kind} rw - cgroup cgroup rw,{kind}\n" for n, kind in kinds)
     fake = proc(tmp_path / "proc", "5:cpu:/app/one\n4:memory:/app/one\n0::/\n", mounts)
-    assert target.cgroup_of(42, fake) == target.Cgroup(1, group, 1468006400)
+    assert cgroup_of(42, fake) == Cgroup(1, group, 1468006400)
     (group / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert target.cgroup_of(42, fake) == target.Cgroup(1, group, None)
+    assert cgroup_of(42, fake) == Cgroup(1, group, None)
 
 
 def test_version_2(tmp_path: Path) -> None:
@@ -180,20 +181,20 @@ def test_version_2(tmp_path: Path) -> None:
     fake = proc(
         tmp_path / "proc", "0::/system.slice/llama:x.service\n", f"31 20 0:27 / {tmp_path}/cg rw - cgroup2 none rw\n"
     )
-    assert target.cgroup_of(42, fake) == target.Cgroup(2, group, None)
+    assert cgroup_of(42, fake) == Cgroup(2, group, None)
     (group / "memory.max").write_text("4096\n")
-    assert target.cgroup_of(42, fake) == target.Cgroup(2, group, 4096)
+    assert cgroup_of(42, fake) == Cgroup(2, group, 4096)
 
 
 def test_the_root_of_version_2_has_no_limit(tmp_path: Path) -> None:
     (tmp_path / "cg").mkdir()
     (tmp_path / "cg/cgroup.controllers").write_text("cpu memory\n")
     fake = proc(tmp_path / "proc", "0::/\n", f"31 20 0:27 / {tmp_path}/cg rw - cgroup2 none rw\n")
-    assert target.cgroup_of(42, fake) == target.Cgroup(2, tmp_path / "cg", None)
+    assert cgroup_of(42, fake) == Cgroup(2, tmp_path / "cg", None)
     (tmp_path / "cg/cgroup.controllers").write_text("cpu\n")
-    assert target.cgroup_of(42, fake) is None
+    assert cgroup_of(42, fake) is None
 
 
 def test_no_memory_controller(tmp_path: Path) -> None:
-    assert target.cgroup_of(42, proc(tmp_path / "proc", "0::/\n", "")) is None
-    assert target.cgroup_of(43, tmp_path / "proc") is None
+    assert cgroup_of(42, proc(tmp_path / "proc", "0::/\n", "")) is None
+    assert cgroup_of(43, tmp_path / "proc") is None

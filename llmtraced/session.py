@@ -1,0 +1,377 @@
+"""A traced process: registered with the tracer, its events turned into the files of a trace."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from llmtraced import __version__, clock
+from llmtraced.cgroup import cgroup_of
+from llmtraced.errors import LlmtracedError, printable
+from llmtraced.ggml_layout import Graph, Layout, Weight, derive, memory_reader, read_graph
+from llmtraced.gguf_map import Model
+from llmtraced.probes.tracer import Tracer
+from llmtraced.resolve import Resolver
+from llmtraced.rows import RowMaker, TokenBook
+from llmtraced.schema import EVENT, TABLES, Detail, Kind, Phase, Probe
+from llmtraced.store import TraceWriter
+from llmtraced.target import Mapping, Target, maps, operator_names, scan
+
+__all__ = ["Account", "Session", "session_metadata", "session_name"]
+
+log = logging.getLogger(__name__)
+
+_GRAPH_TRIES: Final = 8
+_PROBE_OF: Final = {
+    Probe.FAULTS: (Kind.FAULT,),
+    Probe.PAGECACHE: (Kind.ADD, Kind.EVICT),
+    Probe.READS: (Kind.READ,),
+    Probe.TOKENS: (Kind.TOKEN, Kind.TOKEN_END),
+    Probe.OPS: (Kind.OP,),
+    Probe.ROUTING: (Kind.ROUTE,),
+}
+_LOW32: Final = np.uint64(0xFFFFFFFF)
+
+Account = dict[str, dict[str, int]]
+
+
+@dataclass(slots=True)
+class _Epoch:
+    """Records of one generation of the account, and how many of each probe's units they are."""
+
+    events: list[NDArray[Any]] = field(default_factory=list)
+    delivered: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(Probe), np.int64))
+
+
+class Session:
+    """One traced process.
+
+    Args:
+        tracer: where it is registered.
+        target: the process.
+        writer: of its trace.
+        detail: the dial.
+        phase: until the first graph: LOAD if the process was seen to start, else UNKNOWN.
+
+    Attributes:
+        account: totals since the start, by probe, of what is on disk.
+        op_names: of the build's ``enum ggml_op``.
+        unbacked: tensors that the process computes with from elsewhere than the mapping.
+        problems: what cannot be traced in this process, a sentence each.
+    """
+
+    def __init__(self, tracer: Tracer, target: Target, writer: TraceWriter, detail: Detail, phase: Phase) -> None:
+        self.tracer = tracer
+        self.target = target
+        self.writer = writer
+        self.slot = tracer.add_process(target.pid, phase)
+        self.files: dict[tuple[str, int], int] = {}
+        self.models: dict[str, Model] = {}
+        self.layout: Layout | None = None
+        self.graph: Graph | None = None
+        self.problems: list[str] = list(target.problems)
+        self.op_names: dict[int, str] = {}
+        self.unbacked: set[int] = set()
+        self.backed: set[int] = set()
+        self.account: Account = {}
+        self.write_error: str | None = None
+        self._epochs: dict[int, _Epoch] = {}
+        self._weights: dict[int, tuple[int, int]] = {}
+        self._graphs_read: set[int] = set()
+        self._tries = 0
+        self._maps: list[Mapping] = []
+        self._warned: set[str] = set()
+        self._batch_sizes: dict[int, tuple[int, int, int]] = {}
+        self._ranges: list[tuple[int, int, int, int]] = []
+        self._book = TokenBook(clock.monotonic_ns(), int(phase))
+        self._register(target)
+        self.detail = detail
+        self.set_detail(detail)
+
+    # --- the process -----------------------------------------------------------------------------------------------
+
+    def _register(self, target: Target) -> None:
+        """Take in the target's models and where they are mapped; called again when that changed."""
+        new = {label: model for label, model in target.models.items() if label not in self.models}
+        self.models |= new
+        for file in target.files:
+            if file.label in new:
+                self.files[file.label, file.shard] = self.tracer.next_file()
+                self._add_file(file.label, file.shard, file.device, file.inode)
+        if new:
+            self.resolver = Resolver(self.models, self.files)
+            self.rows = RowMaker(self.resolver)
+            self._by_name: dict[str, list[int]] = {}
+            for number, name in enumerate(self.resolver.names):
+                self._by_name.setdefault(name, []).append(number)
+        ranges = sorted(
+            (m.start, m.end, m.offset, self.files[f.label, f.shard]) for f in target.files for m in f.mappings
+        )
+        if ranges != self._ranges:
+            self._ranges = ranges
+            self.tracer.set_ranges(self.slot, ranges)
+
+    def _add_file(self, label: str, shard: int, device: int, inode: int) -> None:
+        model, number = self.models[label], self.files[label, shard]
+        extents = Resolver({label: model}, {(label, shard): number}).extents(number)
+        self.tracer.add_file(number, self.slot, device, inode, model.shards[shard].size, extents)
+
+    @property
+    def clocked(self) -> bool:
+        """Whether the process's graphs are seen."""
+        return bool(self.tracer.uprobes(self.slot))
+
+    def refresh(self) -> None:
+        """Look where the process has its models, and its ggml, now: it may still be loading, or unmap and map more."""
+        found = maps(self.target.pid)
+        if found == self._maps:
+            return
+        self._maps = found
+        for target in scan([self.target.pid]):
+            self.target = target
+            self._register(target)
+        if not self.clocked:
+            self.set_detail(self.detail)
+
+    def set_detail(self, detail: Detail) -> None:
+        """Turn the dial."""
+        self.detail = detail
+        if "ggml_graph_compute" not in self.target.symbols and not self.target.mapped_bytes:
+            return  # still loading its libraries
+        lost = self.tracer.set_detail(self.slot, detail, self.target.symbols, all_ops=bool(self.unbacked))
+        self.problems = [p for p in self.problems if not p.startswith(("uprobe", "uretprobe"))] + lost
+        for sentence in set(lost) - self._warned:
+            log.warning("process %d: %s", self.target.pid, sentence)
+        self._warned |= set(lost)
+
+    def _look_at_graphs(self, marks: NDArray[Any]) -> None:
+        """Learn from the graphs being evaluated: the layout, once; which weights are where, for each kind of graph."""
+        if self.layout is None and self._tries >= _GRAPH_TRIES:
+            return
+        mark = marks[-1]
+        nodes = int(mark["c"])
+        if self.layout is not None and (nodes in self._graphs_read or len(self._graphs_read) > 64):
+            return
+        weights = self._known_weights()
+        try:
+            read = memory_reader(self.target.pid)
+            if self.layout is None:
+                self._tries += 1
+                self.layout = derive(read, int(mark["a"]), weights)
+                self._apply_layout(self.layout)
+                self.op_names |= operator_names(self.target, read)
+            graph = read_graph(read, int(mark["a"]), self.layout, weights)
+        except (LlmtracedError, OSError) as error:
+            log.debug("process %d: graph %#x: %s", self.target.pid, int(mark["a"]), error)
+            if self.layout is None and self._tries == _GRAPH_TRIES:
+                self.problems.append(f"{error}; tokens have no batch size, operators and experts are not recorded")
+                log.warning("process %d: %s", self.target.pid, self.problems[-1])
+            return
+        self.graph = graph
+        self._graphs_read.add(len(graph.nodes))
+        self._batch_sizes[int(mark["token"])] = (graph.nodes[0].rows, graph.nodes[-1].rows, len(graph.nodes))
+        before = bool(self.unbacked)
+        for address, (name, data) in graph.weights.items():
+            number = self._tensor_at(name, data)
+            self._weights[address] = (number, data)
+            mapped = any(start <= data < end for start, end, _, _ in self._ranges)
+            (self.backed if mapped else self.unbacked).add(number)
+        if self.unbacked and not before and self.detail >= Detail.OPS:
+            self.set_detail(self.detail)
+
+    def _apply_layout(self, layout: Layout) -> None:
+        slot = self.tracer.slots[self.slot : self.slot + 1]
+        for name in Layout.__dataclass_fields__:
+            slot[name] = getattr(layout, name)
+        slot["layout"] = 1
+        self.op_names = {layout.op_mul_mat: "mul_mat"}
+        if layout.op_mul_mat_id:
+            self.op_names[layout.op_mul_mat_id] = "mul_mat_id"
+
+    def _address(self, label: str, shard: int, offset: int) -> int | None:
+        file = self.files.get((label, shard))
+        for start, end, file_offset, number in self._ranges:
+            if number == file and file_offset <= offset < file_offset + end - start:
+                return start + offset - file_offset
+        return None
+
+    def _known_weights(self) -> dict[str, Weight]:
+        weights: dict[str, Weight] = {}
+        for label, model in self.models.items():
+            for tensor in model.tensors:
+                shard = model.shards[tensor.shard]
+                address = self._address(label, tensor.shard, tensor.offset)
+
+                def head(path: Path = shard.path, offset: int = tensor.offset, size: int = tensor.size) -> bytes:
+                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    try:
+                        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+                        return os.pread(fd, min(size, 64), offset)
+                    finally:
+                        os.close(fd)
+
+                if tensor.name not in weights or weights[tensor.name].address is None:
+                    weights[tensor.name] = Weight(tensor.shape, address, head)
+        return weights
+
+    def _tensor_at(self, name: str, data: int) -> int:
+        numbers = self._by_name[name]
+        for number in numbers[1:]:  # a draft model's tensors have the same names: the address tells
+            tensor = self.resolver.tensors[number]
+            label = self.resolver.labels[self.resolver.model_of[number]]
+            if self._address(label, tensor.shard, tensor.offset) == data:
+                return number
+        return numbers[0]
+
+    # --- events ----------------------------------------------------------------------------------------------------
+
+    def take(self, events: NDArray[Any]) -> None:
+        """Take records of this process."""
+        kinds = events["kind"]
+        marks = events[kinds == Kind.TOKEN]
+        if len(marks):
+            self._look_at_graphs(marks)
+        generations = events["mark"] >> 4
+        for number in np.unique(generations):
+            mine = (
+                events if generations[0] == number and (generations == number).all() else events[generations == number]
+            )
+            epoch = self._epochs.setdefault(int(number), _Epoch())
+            epoch.events.append(mine)
+            kinds = mine["kind"]
+            counts = np.bincount(kinds, minlength=len(Kind))
+            pages = (mine["b"][(kinds == Kind.ADD) | (kinds == Kind.EVICT)] & _LOW32).sum()
+            for probe, members in _PROBE_OF.items():
+                n = int(pages) if probe == Probe.PAGECACHE else int(sum(counts[k] for k in members))
+                epoch.delivered[probe] += n
+
+    @property
+    def buffered(self) -> int:
+        """Records taken and not yet given to the writer."""
+        return sum(len(batch) for epoch in self._epochs.values() for batch in epoch.events)
+
+    def settled(self, number: int) -> bool:
+        """Tell whether all of an ended epoch's records are here."""
+        kernel = self.tracer.account(self.slot, number)
+        epoch = self._epochs.get(number) or _Epoch()
+        return bool((kernel["counted"] == kernel["dropped"] + epoch.delivered.astype(np.uint64)).all())
+
+    def end_epoch(self, number: int) -> tuple[NDArray[Any], Account]:
+        """Return an ended epoch's records and its account, and forget them."""
+        kernel = self.tracer.account(self.slot, number)
+        epoch = self._epochs.pop(number, None) or _Epoch()
+        account: Account = {}
+        for probe in Probe:
+            cell = {
+                "counted": int(kernel["counted"][probe]),
+                "delivered": int(epoch.delivered[probe]),
+                "dropped": int(kernel["dropped"][probe]),
+            }
+            if any(cell.values()):
+                account[probe.name.lower()] = cell
+        events = np.concatenate(epoch.events) if epoch.events else np.empty(0, EVENT)
+        return events, account
+
+    # --- files (the writer's thread) -------------------------------------------------------------------------------
+
+    def write(self, events: NDArray[Any], account: Account, *, last: bool) -> None:
+        """Write an epoch's files. A table that cannot be written is logged and in :attr:`write_error`."""
+        kinds = events["kind"]
+
+        def of(*wanted: Kind) -> NDArray[Any]:
+            return events[np.isin(kinds, wanted)] if len(events) else events
+
+        tables: list[tuple[Probe, pa.Table]] = [
+            (Probe.FAULTS, self.rows.faults(of(Kind.FAULT))),
+            (Probe.PAGECACHE, self.rows.pagecache(of(Kind.ADD, Kind.EVICT))),
+            (Probe.READS, self.rows.reads(of(Kind.READ))),
+            (Probe.OPS, self.rows.ops(of(Kind.OP), dict(self._weights), self.op_names)),
+            (Probe.ROUTING, self.rows.routing(of(Kind.ROUTE))),
+        ]
+        tokens = self._book.add(events, dict(self._batch_sizes))
+        if last:
+            tokens = pa.concat_tables([tokens, self._book.close(clock.monotonic_ns())])
+        tables.append((Probe.TOKENS, tokens))
+        for probe, table in tables:
+            name = probe.name.lower()
+            cell = account.get(name)
+            if not cell and not table.num_rows:
+                continue
+            try:
+                self.writer.write(name, table, name, {name: cell} if cell else {})
+            except LlmtracedError as error:
+                if self.write_error is None:
+                    log.error("%s; recording pauses, metrics go on", error)
+                self.write_error = str(error)
+                continue
+            self.write_error = None
+            total = self.account.setdefault(name, {"counted": 0, "delivered": 0, "dropped": 0})
+            for key, value in (cell or {}).items():
+                total[key] += value
+
+    def write_tensors(self) -> None:
+        """Write, or write again, the table of tensors."""
+        r = self.resolver
+        backed = [True if i in self.backed else False if i in self.unbacked else None for i in range(len(r.tensors))]
+        labels = [r.labels[m] for m in r.model_of]
+        columns: dict[str, Any] = {
+            "model": labels,
+            "tensor_name": r.names,
+            "offset_bytes": [t.offset for t in r.tensors],
+            "size_bytes": [t.size for t in r.tensors],
+            "type": [t.type for t in r.tensors],
+            "layer": [t.layer for t in r.tensors],
+            "component": [t.component for t in r.tensors],
+            "shard": [t.shard for t in r.tensors],
+            "n_experts": [t.n_experts for t in r.tensors],
+            "expert_bytes": [t.expert_bytes for t in r.tensors],
+            "backed": backed,
+        }
+        schema = TABLES["tensors"]
+        arrays = [pa.array(columns[n]).cast(schema.field(n).type) if n == "model" else None for n in schema.names]
+        table = pa.table(
+            [
+                a if a is not None else pa.array(columns[n], schema.field(n).type)
+                for a, n in zip(arrays, schema.names, strict=True)
+            ],
+            schema=schema,
+        )
+        self.writer.rewrite("tensors", table)
+
+
+def session_metadata(target: Target, detail: Detail) -> dict[str, Any]:
+    """Return what every footer of a session's trace says about it."""
+    cgroup = cgroup_of(target.pid)
+    return {
+        "tool_version": __version__,
+        "boot_id": clock.boot_id(),
+        "kernel": os.uname().release,
+        "clock": "CLOCK_MONOTONIC",
+        "realtime_offset_ns": clock.realtime_offset_ns(),
+        "pid": target.pid,
+        "comm": printable(target.comm),
+        "command": [printable(a) for a in target.command],
+        "cgroup_limit_bytes": cgroup.limit if cgroup else None,
+        "detail": detail.name.lower(),
+        "models": [
+            {
+                "model": label,
+                "path": printable(str(model.shards[0].path), 4096),
+                "fingerprint": model.fingerprint,
+                "size_bytes": sum(s.size for s in model.shards),
+            }
+            for label, model in target.models.items()
+        ],
+    }
+
+
+def session_name(target: Target) -> str:
+    """Return what names this recording for good: boot, pid, the process's start and the recording's (ms)."""
+    return f"{clock.boot_id()[:8]}-{target.pid}-{target.start}.{clock.monotonic_ns() // 1_000_000}"
