@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CLANG_FORMAT ?= clang-format
+# Loading BPF programs needs root.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E)
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: install ## install what is missing, trace a real server on a real model, show the answers
-	$(BIN)/llmtraced demo
+	$(AS_ROOT) $(BIN)/llmtraced demo
 
 install: system $(VENV)/.installed ## the program and its development tools, in .venv
 
@@ -26,15 +28,14 @@ system:
 	test -n "$$missing" || exit 0; \
 	echo "installing:$$missing"; \
 	command -v apt-get >/dev/null || { echo "no apt-get here; install these with your package manager:$$missing" >&2; exit 1; }; \
-	as_root=""; test $$(id -u) = 0 || as_root=sudo; \
-	$$as_root apt-get update -qq || true; \
+	$(AS_ROOT) apt-get update -qq || true; \
 	if [[ $$missing == *linux-headers* ]]; then \
 	  missing=$${missing/linux-headers/}; \
-	  $$as_root apt-get install -y -qq linux-headers-$$(uname -r) 2>/dev/null >/dev/null || \
-	  $$as_root apt-get install -y -qq linux-headers-amd64 >/dev/null 2>&1 || \
-	  $$as_root apt-get install -y -qq linux-headers-generic >/dev/null || exit 1; \
+	  $(AS_ROOT) apt-get install -y -qq linux-headers-$$(uname -r) 2>/dev/null >/dev/null || \
+	  $(AS_ROOT) apt-get install -y -qq linux-headers-amd64 >/dev/null 2>&1 || \
+	  $(AS_ROOT) apt-get install -y -qq linux-headers-generic >/dev/null || exit 1; \
 	fi; \
-	test -z "$${missing// }" || DEBIAN_FRONTEND=noninteractive $$as_root apt-get install -y -qq $$missing >/dev/null
+	test -z "$${missing// }" || DEBIAN_FRONTEND=noninteractive $(AS_ROOT) apt-get install -y -qq $$missing >/dev/null
 
 $(VENV)/.installed: pyproject.toml
 	@echo "installing Python packages into $(VENV)"
@@ -57,10 +58,10 @@ unit: install ## no root, seconds
 	$(BIN)/python -m pytest tests/unit -q
 
 kernel: install ## real probes, real faults, exact counts (root)
-	$(BIN)/python -m pytest tests/kernel -q
+	$(AS_ROOT) $(BIN)/python -m pytest tests/kernel -q
 
 e2e: install ## a real llama-server with a real model (root)
-	$(BIN)/python -m pytest tests/e2e -q
+	$(AS_ROOT) $(BIN)/python -m pytest tests/e2e -q
 
 fmt: install ## format Python and BPF sources
 	$(BIN)/ruff check --fix-only -q .
@@ -68,8 +69,8 @@ fmt: install ## format Python and BPF sources
 	$(CLANG_FORMAT) -i bpf/*
 
 bench: install ## measure this tool on this machine
-	$(BIN)/llmtraced bench events
-	$(BIN)/llmtraced bench overhead
+	$(AS_ROOT) $(BIN)/llmtraced bench events
+	$(AS_ROOT) $(BIN)/llmtraced bench overhead
 
 clean: ## remove what was built here (not the cache in ~/.cache/llmtraced)
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -44,7 +44,8 @@ struct slot {
     u64 graph_n_nodes, graph_nodes;
     u64 tensor_op, tensor_ne, tensor_nb, tensor_src, tensor_data, tensor_name;
     u64 op_mul_mat, op_mul_mat_id; // values of enum ggml_op in this build
-    u64 spare[5];
+    u64 process;                   // 0: the slot is free
+    u64 spare[4];
 };
 BPF_F_TABLE("array", u32, struct slot, slots, LT_SLOTS, BPF_F_MMAPABLE);
 BPF_HASH(targets, u32, u32, LT_SLOTS);     // process -> slot

@@ -5,14 +5,20 @@
 // fault that begins but is never accounted (its page is gone, a signal came first) is recorded with an unknown outcome
 // when its thread faults again.
 
+// A thread's fault, and what is remembered from its last one: threads fault again in the same mapping and tensor, and
+// under pressure 10^4 times a token, so each look-up that is saved counts.
 struct in_flight {
     u64 since;
     u64 address;
     u64 offset;
-    u32 file;
-    u32 active;
+    u32 process, slot;
+    u32 file, active;
+    u64 window; // the slot's, when range was found
+    struct model_range range;
+    u64 extent_start, extent_end;
+    u32 extent;
 };
-BPF_HASH(in_flight, u32, struct in_flight, LT_THREADS); // thread -> its fault
+BPF_TABLE("lru_hash", u32, struct in_flight, in_flight, LT_THREADS); // thread -> its fault
 
 INLINE struct model_range *find_range(struct slot *slot, u64 address) {
     u64 window = slot->window;
@@ -49,76 +55,116 @@ INLINE void emit_fault(struct slot *slot, u32 slot_no, u64 ts, u8 outcome, u64 a
     submit(event);
 }
 
+// The current thread's entry, if it has one that holds: threads' numbers are used again.
+INLINE struct in_flight *current_fault(u32 thread, u32 process) {
+    struct in_flight *fault = in_flight.lookup(&thread);
+    return fault && fault->process == process ? fault : 0;
+}
+
 INLINE int fault_begins(u64 address) {
-    u32 *slot_no = current_slot_no();
-    if (!slot_no)
-        return 0;
-    u32 number = *slot_no;
-    struct slot *slot = slots.lookup(&number);
-    if (!slot)
-        return 0;
-    struct model_range *range = find_range(slot, address);
-    if (!range)
-        return 0;
-    u32 thread = bpf_get_current_pid_tgid();
-    struct in_flight *before = in_flight.lookup(&thread);
-    struct in_flight now = {
-        .since = bpf_ktime_get_ns(),
-        .address = address,
-        .offset = range->offset + (address - range->start),
-        .file = range->file,
-        .active = 1,
-    };
-    if (before && before->active) {
-        emit_fault(slot, number, before->since, OUTCOME_UNKNOWN, before->address, NONE, before->offset, before->file);
-        *before = now; // still in a fault: in_fault stands
-        return 0;
+    u64 task = bpf_get_current_pid_tgid();
+    u32 thread = task, process = task >> 32, number = 0;
+    struct in_flight *fault = current_fault(thread, process);
+    if (fault) {
+        number = fault->slot;
+    } else {
+        u32 *slot_no = targets.lookup(&process);
+        if (!slot_no)
+            return 0;
+        number = *slot_no;
     }
-    if (before)
-        *before = now;
-    else if (in_flight.update(&thread, &now))
-        return 0; // more threads than LT_THREADS: this fault's latency will be unknown
+    struct slot *slot = slots.lookup(&number);
+    if (!slot || slot->process != process)
+        return 0;
+    bool known = fault && fault->window == slot->window && address >= fault->range.start && address < fault->range.end;
+    if (!known) {
+        struct model_range *range = find_range(slot, address);
+        if (!range)
+            return 0;
+        struct in_flight first = {.process = process, .slot = number};
+        if (!fault) {
+            in_flight.update(&thread, &first);
+            fault = in_flight.lookup(&thread);
+            if (!fault)
+                return 0; // more threads than LT_THREADS: this fault's latency will be unknown
+        }
+        fault->range = *range;
+        fault->window = slot->window;
+    }
+    if (fault->active)
+        emit_fault(slot, number, fault->since, OUTCOME_UNKNOWN, fault->address, NONE, fault->offset, fault->file);
+    u64 now = bpf_ktime_get_ns();
+    fault->since = now;
+    fault->address = address;
+    fault->offset = fault->range.offset + (address - fault->range.start);
+    fault->file = fault->range.file;
+    if (fault->active)
+        return 0; // still in a fault: in_fault stands
+    fault->active = 1;
     if (__sync_fetch_and_add(&slot->in_fault, 1) == 0)
-        slot->stall_since = now.since;
+        slot->stall_since = now;
     return 0;
 }
 
+// Add a fault to the totals of its extent; entry remembers which extent that was.
+INLINE void total_fault(struct in_flight *entry, u32 file_no, u64 offset, u8 outcome, u64 latency) {
+    u32 extent = entry ? entry->extent : 0;
+    if (!entry || offset < entry->extent_start || offset >= entry->extent_end) {
+        struct model_file *file = files.lookup(&file_no);
+        if (!file)
+            return;
+        extent = find_bound(file->byte_base, file->byte_count, offset);
+        if (entry) {
+            u32 next = extent + 1;
+            u64 *start = bounds.lookup(&extent), *end = bounds.lookup(&next);
+            entry->extent = extent;
+            entry->extent_start = start ? *start : NONE;
+            entry->extent_end = end && next < file->byte_base + file->byte_count ? *end : NONE;
+        }
+    }
+    struct counter *counter = counters.lookup(&extent);
+    if (!counter)
+        return;
+    __sync_fetch_and_add(outcome == OUTCOME_MAJOR ? &counter->major : &counter->minor, 1);
+    if (latency != NONE)
+        __sync_fetch_and_add(&counter->fault_ns, latency);
+}
+
 INLINE int fault_ends(struct bpf_perf_event_data *ctx, u8 outcome) {
-    u32 *slot_no = current_slot_no();
-    if (!slot_no)
-        return 0;
-    u32 number = *slot_no;
-    struct slot *slot = slots.lookup(&number);
-    if (!slot)
-        return 0;
-    u64 address = ctx->addr;
-    struct model_range *range = find_range(slot, address);
-    if (!range)
-        return 0;
-    u64 now = bpf_ktime_get_ns(), since = now, latency = NONE;
-    u64 offset = range->offset + (address - range->start);
-    u32 thread = bpf_get_current_pid_tgid(), file_no = range->file;
-    struct in_flight *fault = in_flight.lookup(&thread);
+    u64 task = bpf_get_current_pid_tgid(), address = ctx->addr;
+    u32 thread = task, process = task >> 32;
+    struct in_flight *fault = current_fault(thread, process);
     if (fault && fault->active && fault->address == address) {
-        since = fault->since;
-        latency = now - since;
+        u32 number = fault->slot;
+        struct slot *slot = slots.lookup(&number);
+        if (!slot || slot->process != process)
+            return 0;
+        u64 now = bpf_ktime_get_ns();
         fault->active = 0;
         // Whoever is last out adds the time. stall_since is read first: only while in_fault is 0 can it be rewritten.
         u64 stall_since = slot->stall_since;
         if (__sync_fetch_and_add(&slot->in_fault, -1) == 1)
             __sync_fetch_and_add(&slot->stall_ns, now - stall_since);
+        if (fault->extent_end && fault->window != slot->window)
+            fault->extent_start = fault->extent_end = 0;
+        total_fault(fault, fault->file, fault->offset, outcome, now - fault->since);
+        emit_fault(slot, number, fault->since, outcome, address, now - fault->since, fault->offset, fault->file);
+        return 0;
     }
-    struct model_file *file = files.lookup(&file_no);
-    if (file) {
-        u32 extent = find_bound(file->byte_base, file->byte_count, offset);
-        struct counter *counter = counters.lookup(&extent);
-        if (counter) {
-            __sync_fetch_and_add(outcome == OUTCOME_MAJOR ? &counter->major : &counter->minor, 1);
-            if (latency != NONE)
-                __sync_fetch_and_add(&counter->fault_ns, latency);
-        }
-    }
-    emit_fault(slot, number, since, outcome, address, latency, offset, file_no);
+    // Its beginning was not seen.
+    u32 *slot_no = targets.lookup(&process);
+    if (!slot_no)
+        return 0;
+    u32 number = *slot_no;
+    struct slot *slot = slots.lookup(&number);
+    if (!slot)
+        return 0;
+    struct model_range *range = find_range(slot, address);
+    if (!range)
+        return 0;
+    u64 offset = range->offset + (address - range->start);
+    total_fault(0, range->file, offset, outcome, NONE);
+    emit_fault(slot, number, bpf_ktime_get_ns(), outcome, address, NONE, offset, range->file);
     return 0;
 }
 

@@ -60,7 +60,7 @@ struct op {
     u64 src0, src1;
     u64 what; // enum ggml_op | rows << 32
 };
-BPF_HASH(ops, u32, struct op, LT_SLOTS * 16);
+BPF_TABLE("lru_hash", u32, struct op, ops, LT_SLOTS * 16);
 
 INLINE void emit_op(struct slot *slot, u32 number, struct op *op, u64 duration) {
     u32 epoch = current_epoch();

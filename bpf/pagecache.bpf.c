@@ -1,46 +1,56 @@
 // Pages of model files that come into and go out of the page cache, and reads through it, by whichever process.
 //
 // Adds and evictions of consecutive pages in one context become one record (a run): a readahead of 8 MB is 2,048
-// events but one record. Each CPU collects its own run; on_flush, run on each CPU before the ring is read, sends what
-// is collected. The account counts pages, so runs change nothing about what can be checked.
+// events but a few records. Under pressure a token can move 10^5 pages, so what is done for each must be next to
+// nothing: a page that continues its CPU's run is a comparison and an addition, and all else (cause, totals, account,
+// record) is done once for the run. on_flush, run on each CPU before the ring or the totals are read, ends the runs.
 
-#define RUN_GAP_NS 1000000 // a run ends when nothing was added for this long
+#define RUN_PAGES 1024    // most pages in a run, so that it has a place in time and can be totalled in one program
+#define RUN_GAP_JIFFIES 3 // a run ends when nothing was added for this long: jiffies are the cheapest clock
 
 struct run {
-    u64 first; // page index
-    u64 pages; // 0: no run
-    u64 ts, last;
+    // What a page must have to continue the run.
+    u64 next; // page index; NONE: nothing continues it
+    u64 ino;
+    u64 dev;
+    u64 task;
+    u64 wanted; // the page that the thread's fault is about has a cause of its own; NONE: no such page
+    u64 last;   // jiffies at the last page
+    u64 pages;  // 0: no run
     u32 token;
-    u32 tid, pid;
-    u32 file;
-    u8 code, slot, mark, busy;
-    u32 segment;       // where the last page was counted, and that segment's page indices
-    u64 segment_start; // (a cache of find_bound)
-    u64 segment_end;
+    u8 slot, mark, code, busy;
+    // What else the record and the totals need.
+    u64 first; // page index
+    u64 ts;
+    u32 file, segment; // the segment that was counted in last, and its page indices: a cache of find_bound
+    u64 segment_start, segment_end;
     u64 comm[2];
-    u64 index, left; // of the folio being totalled; here and not in registers, whose every value the verifier follows
+    u64 index, left; // used by total(): here and not in registers, whose every value the verifier follows
 };
 BPF_PERCPU_ARRAY(runs, struct run, 2); // 0: adds, 1: evictions
 
 // The system call that the current thread is in, from its saved registers; -1: none (it faulted). Costs nothing until
 // a page of a model is added, which tracing system calls would not.
 INLINE s64 current_syscall(void) {
-    s64 number = -1;
+    u64 saved[3] = {}; // orig_ax, ip, cs
     u64 regs = (u64)bpf_task_pt_regs((void *)bpf_get_current_task_btf());
-    bpf_probe_read_kernel(&number, sizeof(number), (void *)(regs + LT_SYSCALL_OFFSET));
-    return number;
+    bpf_probe_read_kernel(&saved, sizeof(saved), (void *)(regs + LT_SYSCALL_OFFSET));
+    return (saved[2] & 3) == 3 ? (s64)saved[0] : -1; // a kernel thread came from no user code: its registers say 0
 }
 
-// Why this thread adds or removes pages [index, index + pages). A system call that asks for pages ahead of need counts
-// as readahead where the server itself makes it, and as a prefetcher where another process does.
-INLINE u8 find_cause(bool target, u64 index, u64 pages) {
-    u64 task = bpf_get_current_pid_tgid();
-    u32 thread = task, process = task >> 32;
-    if (target) {
+// Why this thread adds or removes the run's first pages. A system call that asks for pages ahead of need counts as
+// readahead where the server itself makes it, and as a prefetcher where another process does.
+INLINE u8 find_cause(struct run *run, bool owner) {
+    u32 thread = run->task, process = run->task >> 32;
+    run->wanted = NONE;
+    if (owner) {
         struct in_flight *fault = in_flight.lookup(&thread);
         if (fault && fault->active) {
             u64 wanted = fault->offset >> LT_PAGE_SHIFT;
-            return index <= wanted && wanted < index + pages ? CAUSE_FAULT : CAUSE_READAHEAD;
+            if (wanted - run->first < run->pages)
+                return CAUSE_FAULT;
+            run->wanted = wanted;
+            return CAUSE_READAHEAD;
         }
     } else if (prefetchers.lookup(&process)) {
         return CAUSE_PREFETCHER;
@@ -56,7 +66,7 @@ INLINE u8 find_cause(bool target, u64 index, u64 pages) {
     case SYSCALL_copy_file_range:
         return CAUSE_READ;
     case SYSCALL_io_uring_enter:
-        return target ? CAUSE_READ : CAUSE_PREFETCHER;
+        return owner ? CAUSE_READ : CAUSE_PREFETCHER;
     case SYSCALL_mmap:
     case SYSCALL_mlock:
     case SYSCALL_mlock2:
@@ -65,30 +75,9 @@ INLINE u8 find_cause(bool target, u64 index, u64 pages) {
     case SYSCALL_process_madvise:
     case SYSCALL_fadvise64:
     case SYSCALL_readahead:
-        return target ? CAUSE_READAHEAD : CAUSE_PREFETCHER;
+        return owner ? CAUSE_READAHEAD : CAUSE_PREFETCHER;
     }
     return CAUSE_OTHER;
-}
-
-INLINE void emit_run(struct run *run, u8 kind) {
-    u32 epoch = run->mark >> 4;
-    struct event *event = reserve(run->slot, epoch, PROBE_PAGECACHE, run->pages);
-    if (event) {
-        event->ts = run->ts;
-        event->token = run->token;
-        event->tid = run->tid;
-        event->pid = run->pid;
-        event->kind = kind;
-        event->code = run->code;
-        event->slot = run->slot;
-        event->mark = run->mark;
-        event->a = run->first | (u64)run->file << 48;
-        event->b = run->pages | (run->last - run->ts) / 1000 << 32;
-        event->c = run->comm[0];
-        event->d = run->comm[1];
-        submit(event);
-    }
-    run->pages = 0;
 }
 
 INLINE u64 bits_set(u64 x) {
@@ -106,12 +95,14 @@ INLINE void enter_segment(struct run *run, struct model_file *file, u32 segment)
     run->segment_end = next < file->page_base + file->page_count && end ? *end : NONE;
 }
 
-// Add a folio's pages to the totals of the segments that it lies in, in chunks that stay within one segment and one
-// word of the bitmap (an order-0 folio is one chunk).
+// Add the run's pages to the totals of the segments that they lie in, in chunks that stay within one segment and one
+// word of the bitmap.
 INLINE void total(struct run *run, struct model_file *file, u8 kind) {
+    run->index = run->first;
+    run->left = run->pages;
     if (run->index < run->segment_start || run->index >= run->segment_end)
         enter_segment(run, file, find_bound(file->page_base, file->page_count, run->index));
-    LOOP for (int i = 0; i < LT_FOLIO_CHUNKS; i++) {
+    LOOP for (int i = 0; i < LT_RUN_CHUNKS; i++) {
         if (!run->left)
             break;
         if (run->index >= run->segment_end)
@@ -143,7 +134,7 @@ INLINE void total(struct run *run, struct model_file *file, u8 kind) {
     }
     u32 key = CONFIG_UNPLACED;
     u64 *unplaced = config.lookup(&key);
-    if (run->left && unplaced) // a folio with more tensors in it than one program may loop over
+    if (run->left && unplaced) // a run with more tensors in it than one program may loop over
         __sync_fetch_and_add(unplaced, run->left);
 }
 
@@ -162,45 +153,80 @@ INLINE struct model_file *find_file(u64 dev, u64 ino, u32 *target, u32 *number) 
     return files.lookup(number);
 }
 
-INLINE int page_cache_changes(u64 dev, u64 ino, u64 index, u32 order, u8 kind) {
-    u32 file_no = 0;
-    u32 *target = current_slot_no();
+INLINE void begin_run(struct run *run, u64 dev, u64 ino, u64 index, u64 pages, u64 task) {
+    u32 file_no = 0, *target = current_slot_no();
     struct model_file *file = find_file(dev, ino, target, &file_no);
     if (!file)
-        return 0;
-    u32 slot_no = target ? *target : file->slot, which = kind == KIND_ADD ? 0 : 1;
+        return;
+    u32 slot_no = file->slot; // whose model it is; processes that share it have each their own number for it
     struct slot *slot = slots.lookup(&slot_no);
+    if (!slot)
+        return;
+    if (run->file != file_no || run->ino != ino || run->dev != dev)
+        run->segment_start = run->segment_end = 0;
+    run->ino = ino;
+    run->dev = dev;
+    run->task = task;
+    run->first = index;
+    run->pages = pages;
+    run->file = file_no;
+    run->token = slot->token;
+    run->slot = slot_no;
+    run->mark = (slot->phase & 15) | current_epoch() << 4;
+    run->ts = bpf_ktime_get_ns();
+    run->code = find_cause(run, target && *target == slot_no);
+    run->next = run->code == CAUSE_FAULT ? NONE : index + pages; // what a fault is about is a run of its own
+    bpf_get_current_comm(&run->comm, sizeof(run->comm));
+}
+
+INLINE void end_run(struct run *run, u8 kind) {
+    u32 file_no = run->file, epoch = run->mark >> 4;
+    struct model_file *file = files.lookup(&file_no);
+    if (file)
+        total(run, file, kind);
+    count(run->slot, epoch, PROBE_PAGECACHE, run->pages);
+    struct event *event = reserve(run->slot, epoch, PROBE_PAGECACHE, run->pages);
+    if (event) {
+        event->ts = run->ts;
+        event->token = run->token;
+        event->tid = run->task;
+        event->pid = run->task >> 32;
+        event->kind = kind;
+        event->code = run->code;
+        event->slot = run->slot;
+        event->mark = run->mark;
+        event->a = run->first | (u64)run->file << 48;
+        event->b = run->pages;
+        event->c = run->comm[0];
+        event->d = run->comm[1];
+        submit(event);
+    }
+    run->pages = 0;
+}
+
+INLINE int page_cache_changes(u64 dev, u64 ino, u64 index, u32 order, u8 kind) {
+    u32 which = kind == KIND_ADD ? 0 : 1;
     struct run *run = runs.lookup(&which);
-    if (!slot || !run)
+    if (!run)
         return 0;
     run->busy = 1; // on_flush may come by interrupt
-    u64 pages = 1ULL << (order & 31), now = bpf_ktime_get_ns(), task = bpf_get_current_pid_tgid();
-    u32 epoch = current_epoch();
-    u8 cause = find_cause(target != 0, index, pages), mark = (slot->phase & 15) | epoch << 4;
-    count(slot_no, epoch, PROBE_PAGECACHE, pages);
-    if (run->pages &&
-        (run->first + run->pages != index || run->file != file_no || run->tid != (u32)task || run->code != cause ||
-         run->mark != mark || run->slot != slot_no || run->token != (u32)slot->token || now - run->last > RUN_GAP_NS))
-        emit_run(run, kind);
-    if (!run->pages) {
-        if (run->file != file_no)
-            run->segment_start = run->segment_end = 0;
-        run->first = index;
-        run->ts = now;
-        run->token = slot->token;
-        run->tid = task;
-        run->pid = task >> 32;
-        run->file = file_no;
-        run->code = cause;
-        run->slot = slot_no;
-        run->mark = mark;
-        bpf_get_current_comm(&run->comm, sizeof(run->comm));
+    u64 pages = 1ULL << (order & 31), task = bpf_get_current_pid_tgid(), now = bpf_jiffies64();
+    if (run->pages) {
+        u32 slot_no = run->slot;
+        struct slot *slot = slots.lookup(&slot_no);
+        if (run->next == index && run->ino == ino && run->dev == dev && run->task == task &&
+            run->wanted - index >= pages && run->pages < RUN_PAGES && now - run->last < RUN_GAP_JIFFIES && slot &&
+            run->token == (u32)slot->token && run->mark >> 4 == current_epoch()) {
+            run->next = index + pages;
+            run->pages += pages;
+            run->last = now;
+            run->busy = 0;
+            return 0;
+        }
+        end_run(run, kind);
     }
-    run->pages += pages;
+    begin_run(run, dev, ino, index, pages, task);
     run->last = now;
-    run->index = index;
-    run->left = pages;
-    total(run, file, kind);
     run->busy = 0;
     return 0;
 }
@@ -221,12 +247,12 @@ int on_flush(struct bpf_raw_tracepoint_args *ctx) {
     if (run && run->busy)
         busy++;
     else if (run && run->pages)
-        emit_run(run, KIND_ADD);
+        end_run(run, KIND_ADD);
     run = runs.lookup(&evict);
     if (run && run->busy)
         busy++;
     else if (run && run->pages)
-        emit_run(run, KIND_EVICT);
+        end_run(run, KIND_EVICT);
     return busy;
 }
 
@@ -237,11 +263,10 @@ struct reading {
     u64 last;
     u64 file;
 };
-BPF_HASH(reading, u32, struct reading, LT_THREADS);
+BPF_TABLE("lru_hash", u32, struct reading, reading, LT_THREADS);
 
 int on_read(struct tracepoint__filemap__mm_filemap_get_pages *args) {
-    u32 file_no = 0;
-    u32 *target = current_slot_no();
+    u32 file_no = 0, *target = current_slot_no();
     struct model_file *file = find_file(args->s_dev, args->i_ino, target, &file_no);
     if (!file)
         return 0;
@@ -256,7 +281,7 @@ int on_read(struct tracepoint__filemap__mm_filemap_get_pages *args) {
         reading.update(&thread, &now);
     if (same)
         return 0;
-    u32 slot_no = target ? *target : file->slot, epoch = current_epoch();
+    u32 slot_no = file->slot, epoch = current_epoch();
     struct slot *slot = slots.lookup(&slot_no);
     if (!slot)
         return 0;

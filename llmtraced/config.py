@@ -49,10 +49,11 @@ class Config:
     def __post_init__(self) -> None:
         if self.detail not in [d.name.lower() for d in Detail]:
             raise LlmtracedError(f"detail: {printable(self.detail)!r} is none of faults, ops, full", USAGE)
-        if self.listen and not re.fullmatch(r".+:\d{1,5}", self.listen):
+        port = re.fullmatch(r".+:([0-9]{1,5})", self.listen)
+        if self.listen and (port is None or int(port[1]) > 65535):
             raise LlmtracedError(f"listen: {printable(self.listen)!r} is not address:port", USAGE)
         for name, low in (("flush", 0.1), ("scan", 0.1), ("tensors", 0)):
-            if getattr(self, name) < low:
+            if not getattr(self, name) >= low:  # "not a number" is not either
                 raise LlmtracedError(f"{name}: must be at least {low}", USAGE)
         if self.ring < 1 << 16 or self.ring & (self.ring - 1):
             raise LlmtracedError("ring: must be a power of two of at least 64K", USAGE)
@@ -92,7 +93,7 @@ def read_config(path: Path | None, changes: dict[str, Any] | None = None) -> Con
             except argparse.ArgumentTypeError as error:
                 raise LlmtracedError(f"{where}: {error}", USAGE) from error
             default = getattr(Config(), key)
-            accepted = (int, float) if isinstance(default, (int, float)) else (str,)
+            accepted = (int, float) if isinstance(default, float) else (type(default),)
             if not isinstance(values[key], accepted) or isinstance(values[key], bool):
                 raise LlmtracedError(f"{where}: {value!r} is not a {type(default).__name__}", USAGE)
     try:

@@ -94,6 +94,7 @@ class LlmtracedCollector(Collector):
         """Yield all series."""
         started = time.perf_counter()
         with self._recorder.lock:
+            self._recorder.tracer.flush()
             yield from self._sessions(list(self._recorder.sessions.values()))
             yield from self._own()
         seconds = time.perf_counter() - started

@@ -133,11 +133,14 @@ class RowMaker:
         }
         return _table("reads", columns)
 
-    def ops(self, events: Events, weights: dict[int, tuple[int, int]], op_names: dict[int, str]) -> pa.Table:
+    def ops(
+        self, events: Events, routes: Events, weights: dict[int, tuple[int, int]], op_names: dict[int, str]
+    ) -> pa.Table:
         """Return rows of table ``ops`` for OP records.
 
         Args:
             events: of kind OP.
+            routes: of kind ROUTE, of the same tokens: they tell how many experts of a merged tensor were used.
             weights: address of a ``ggml_tensor`` → (tensor number, address of its data).
             op_names: by value of ``enum ggml_op``.
         """
@@ -154,7 +157,6 @@ class RowMaker:
         tensor = np.where(outside, -1, facts[found, 0]) if len(facts) else found
         data = np.where(outside, 0, facts[found, 1]) if len(facts) else found
         r = self._resolver
-        sizes = np.array([t.size for t in r.tensors] or [0], np.int64)
         model = np.array(r.model_of or [0], np.int32)
         numbers = (events["d"] & _LOW32).astype(np.int64)
         used, codes = np.unique(numbers, return_inverse=True)
@@ -164,20 +166,41 @@ class RowMaker:
             "model": _dictionary(np.where(outside, -1, model[tensor]), self._labels),
             "tensor_name": pa.DictionaryArray.from_arrays(pa.array(tensor.astype(np.int32), mask=outside), self._names),
             "data_ptr": _int(data, mask=outside),
-            "bytes_accessed": _int(np.where(outside, 0, sizes[tensor])),
+            "bytes_accessed": self._bytes_accessed(events, np.where(outside, 0, tensor), outside, routes),
             "op": _dictionary(codes, [op_names.get(int(n), f"op_{n}") for n in used], width=np.int32),
             "thread": _int(events["tid"], np.int32),
             "duration_ns": _int(events["c"], mask=untimed if untimed.any() else None),
         }
         return _table("ops", columns)
 
+    def _bytes_accessed(
+        self, events: Events, tensor: NDArray[np.int64], outside: NDArray[np.bool_], routes: Events
+    ) -> pa.Array:
+        """Return the bytes of the weights read: all of a tensor, or of the different experts chosen in that layer."""
+        tensors = self._resolver.tensors
+        sizes = np.array([t.size for t in tensors] or [0], np.int64)
+        each = np.array([t.expert_bytes if t.n_experts else 0 for t in tensors] or [0], np.int64)
+        layer = np.array([t.layer for t in tensors] or [0], np.int64)
+        size = np.where(outside, 0, sizes[tensor])
+        merged = ~outside & (each[tensor] > 0)
+        if not merged.any():
+            return _int(size)
+        experts, counts = _expert_ids(routes)
+        layers = np.repeat((routes["a"] >> np.uint64(32)).astype(np.int64), counts)
+        tokens = np.repeat(routes["token"].astype(np.int64), counts)
+        chosen = np.unique(tokens << 32 | layers << 16 | experts)  # a batch's positions may choose the same expert
+        keys, distinct = np.unique(chosen >> 16, return_counts=True)
+        wanted = events["token"].astype(np.int64) << 16 | layer[tensor]
+        at = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
+        found = keys[at] == wanted if len(keys) else np.zeros(len(events), bool)
+        used = np.where(found, distinct[at], 0) if len(keys) else np.zeros(len(events), np.int64)
+        unknown = merged & ~found
+        return _int(np.where(merged, used * each[tensor], size), mask=unknown if unknown.any() else None)
+
     def routing(self, events: Events) -> pa.Table:
         """Return rows of table ``routing`` for ROUTE records: one a layer and position, several records joined."""
         events = _in_time(events)
-        ids = np.stack([events["b"], events["c"], events["d"]], axis=1)
-        experts = np.ascontiguousarray(ids).view("<u2").reshape(len(events), 12)
-        counts = events["code"].astype(np.int64)
-        flat = experts[np.arange(12) < counts[:, None]]
+        flat, counts = _expert_ids(events)
         # A choice of more than 12 experts comes as several records with the same time, layer and position.
         same = np.zeros(len(events), bool)
         if len(events) > 1:
@@ -193,6 +216,14 @@ class RowMaker:
             "position": _int(events["a"] & _LOW32, np.int32),
         }
         return _table("routing", columns)
+
+
+def _expert_ids(routes: Events) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the experts in ROUTE records, one after the other, and how many each record has."""
+    ids = np.stack([routes["b"], routes["c"], routes["d"]], axis=1)
+    experts = np.ascontiguousarray(ids).view("<u2").reshape(len(routes), 12)
+    counts = routes["code"].astype(np.int64)
+    return experts[np.arange(12) < counts[:, None]].astype(np.int64), counts
 
 
 def _in_time(events: Events) -> Events:
@@ -306,7 +337,8 @@ class TokenBook:
     def close(self, end_ns: int) -> pa.Table:
         """Return the rows that are still open; token 0 ends at ``end_ns``, a token that was cut off has no end."""
         rows = self._open
-        rows["end_ns"][(rows["token"] == 0) & (rows["end_ns"] == _UNSET)] = end_ns
+        if len(rows) == 1 and rows["token"][0] == 0:  # no graph was seen; else token 0 ends where the next begins
+            rows["end_ns"] = end_ns
         self._open = rows[:0]
         return self._rows(rows)
 
@@ -314,6 +346,7 @@ class TokenBook:
         if len(rows) and rows["token"][0] == 0 and rows["end_ns"][0] == _UNSET:
             following = rows["start_ns"][1:2] if len(rows) > 1 else self._open["start_ns"][:1]
             rows["end_ns"][0] = following[0] if len(following) else _UNSET
+        unread = rows["graph_nodes"] <= 0  # the graph's layout was not known yet
         stalled = (rows["stall_begin"] >= 0) & (rows["stall_end"] >= 0)
 
         def number(name: str, kind: Any = np.int64) -> pa.Array:
@@ -323,11 +356,11 @@ class TokenBook:
             "token": _int(rows["token"], np.int32),
             "start_ns": number("start_ns"),
             "end_ns": number("end_ns"),
-            "n_tokens": number("n_tokens", np.int32),
-            "n_outputs": number("n_outputs", np.int32),
+            "n_tokens": _int(rows["n_tokens"], np.int32, unread),
+            "n_outputs": _int(rows["n_outputs"], np.int32, unread),
             "phase": _dictionary(rows["phase"], PHASES),
             "stall_ns": _int(rows["stall_end"] - rows["stall_begin"], mask=~stalled),
             **{name: _int(rows[name]) for name in _SUMMED},
-            "graph_nodes": number("graph_nodes", np.int32),
+            "graph_nodes": _int(rows["graph_nodes"], np.int32, unread),
         }
         return _table("tokens", columns)

@@ -131,10 +131,10 @@ EVENT: Final = np.dtype(
 kind     a                       b                          c                            d
 ======== ======================= ========================== ============================ ==========================
 FAULT    address                 latency ns (2^64-1: none)  offset in the file           file number
-ADD      page index | file << 48 pages | duration us << 32  comm                         comm
-EVICT    page index | file << 48 pages | duration us << 32  comm                         comm
+ADD      page index | file << 48 pages                      comm                         comm
+EVICT    page index | file << 48 pages                      comm                         comm
 READ     page index | file << 48 pages                      comm                         comm
-TOKEN    cgraph address          n_tokens | n_outputs << 32 n_nodes                      0
+TOKEN    cgraph address          n_tokens | n_outputs << 32 n_nodes                      stall ns so far
 TOKEN_END 0                      duration ns                0                            stall ns so far
 OP       address of src[0]       address of src[1]          duration ns (2^64-1: none)   enum ggml_op | rows << 32
 ROUTE    position | layer << 32  ids 0-3 (u16)              ids 4-7                      ids 8-11

@@ -137,15 +137,21 @@ class Session:
         for target in scan([self.target.pid]):
             self.target = target
             self._register(target)
+            self.writer.describe(session_metadata(target, self.detail))
         if not self.clocked:
             self.set_detail(self.detail)
+
+    @property
+    def _hidden_ops(self) -> bool:
+        """Whether multiplications pass by mul_mat's own symbol: repacked weights, and experts (inlined)."""
+        return bool(self.unbacked) or bool(self.layout and self.layout.op_mul_mat_id)
 
     def set_detail(self, detail: Detail) -> None:
         """Turn the dial."""
         self.detail = detail
         if "ggml_graph_compute" not in self.target.symbols and not self.target.mapped_bytes:
             return  # still loading its libraries
-        lost = self.tracer.set_detail(self.slot, detail, self.target.symbols, all_ops=bool(self.unbacked))
+        lost = self.tracer.set_detail(self.slot, detail, self.target.symbols, all_ops=self._hidden_ops)
         self.problems = [p for p in self.problems if not p.startswith(("uprobe", "uretprobe"))] + lost
         for sentence in set(lost) - self._warned:
             log.warning("process %d: %s", self.target.pid, sentence)
@@ -177,13 +183,13 @@ class Session:
         self.graph = graph
         self._graphs_read.add(len(graph.nodes))
         self._batch_sizes[int(mark["token"])] = (graph.nodes[0].rows, graph.nodes[-1].rows, len(graph.nodes))
-        before = bool(self.unbacked)
+        before = self._hidden_ops
         for address, (name, data) in graph.weights.items():
             number = self._tensor_at(name, data)
             self._weights[address] = (number, data)
             mapped = any(start <= data < end for start, end, _, _ in self._ranges)
             (self.backed if mapped else self.unbacked).add(number)
-        if self.unbacked and not before and self.detail >= Detail.OPS:
+        if self._hidden_ops and not before and self.detail >= Detail.OPS:
             self.set_detail(self.detail)
 
     def _apply_layout(self, layout: Layout) -> None:
@@ -292,7 +298,7 @@ class Session:
             (Probe.FAULTS, self.rows.faults(of(Kind.FAULT))),
             (Probe.PAGECACHE, self.rows.pagecache(of(Kind.ADD, Kind.EVICT))),
             (Probe.READS, self.rows.reads(of(Kind.READ))),
-            (Probe.OPS, self.rows.ops(of(Kind.OP), dict(self._weights), self.op_names)),
+            (Probe.OPS, self.rows.ops(of(Kind.OP), of(Kind.ROUTE), dict(self._weights), self.op_names)),
             (Probe.ROUTING, self.rows.routing(of(Kind.ROUTE))),
         ]
         tokens = self._book.add(events, dict(self._batch_sizes))

@@ -73,6 +73,10 @@ class TraceWriter:
         self._metadata = {"schema_version": SCHEMA_VERSION, "session": session, **metadata}
         self._sequence: dict[str, int] = dict.fromkeys(TABLES, 0)
 
+    def describe(self, metadata: Mapping[str, Any]) -> None:
+        """Have the files from now on say this about the session."""
+        self._metadata |= metadata
+
     def write(self, name: str, table: pa.Table, probe: str, account: Mapping[str, Mapping[str, int]]) -> None:
         """Write one file of table ``name``.
 
@@ -80,7 +84,7 @@ class TraceWriter:
             name: of the table, a key of schema.TABLES; ``table`` has that schema.
             table: the rows, sorted by time.
             probe: whose account the file carries (empty: none).
-            account: by probe: counted, delivered, dropped, missed.
+            account: by probe: counted, delivered, dropped.
 
         Raises:
             LlmtracedError: it cannot be written (disk full, read-only); nothing of it is left.

@@ -36,9 +36,10 @@ _READY_SECONDS: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """What the demo did: the trace's folder, the texts, a sample of the metrics, and sizes in bytes."""
+    """What the demo did: the trace's folder and its session (of our server, among what else ran), the texts, a sample of the metrics, and sizes in bytes."""
 
     trace: Path
+    session: str
     metrics: Path
     texts: list[tuple[str, str]]
     model: Path
@@ -125,7 +126,12 @@ def tell(folder: Path | None = None, *, n_predict: int = 32) -> Story:
                     texts.append((prompt, str(answer.get("content", "")).strip()))
                     rates.append(float(answer["timings"]["predicted_per_second"]))
                     log.info("%s … %.2f tokens/s", json.dumps(prompt), rates[-1])
+                pid = server.pid
                 time.sleep(0.5)
                 metrics.write_text(_get(port, "/metrics"))
     rate = len(rates) / sum(1 / r for r in rates)
-    return Story(trace, metrics, texts, model, size, limit, read_ahead, rate)
+    written = next((trace / "tensors").glob(f"**/*-{pid}-*.parquet"), None)
+    if written is None:
+        said = (base / "daemon.log").read_text(errors="replace").strip()
+        raise LlmtracedError(f"the daemon has not recorded the server: {said}")
+    return Story(trace, written.stem.rpartition("-")[0], metrics, texts, model, size, limit, read_ahead, rate)

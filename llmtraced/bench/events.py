@@ -29,9 +29,9 @@ from llmtraced.errors import FAILED, LlmtracedError
 from llmtraced.gguf_map import Model, Shard, Tensor, read_model
 from llmtraced.probes.ringbuf import Ring
 from llmtraced.probes.tracer import Tracer
-from llmtraced.session import Session
 from llmtraced.resolve import Resolver
 from llmtraced.schema import Detail, Phase, Probe
+from llmtraced.session import Session
 from llmtraced.store import TraceWriter
 from llmtraced.target import ModelFile, Target
 

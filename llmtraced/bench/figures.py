@@ -15,7 +15,10 @@ __all__ = ["machine", "spread"]
 
 
 def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
-    """Return ``min p25 median p75 max`` of the values (linear interpolation), and the values in their order.
+    """Return ``min p25 median p75 max`` of the values, a 95 % interval of the median, and the values in their order.
+
+    Percentiles interpolate linearly; ``median_ci95`` is where the medians of 2,000 resamplings (bootstrap, the same
+    ones each time) fall.
 
     Args:
         values: at least one.
@@ -23,7 +26,11 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
     """
     points = np.percentile(np.asarray(values, np.float64), [0, 25, 50, 75, 100])
     names = ("min", "p25", "median", "p75", "max")
-    named = {name: _significant(point, digits) for name, point in zip(names, points, strict=True)}
+    named: dict[str, Any] = {name: _significant(point, digits) for name, point in zip(names, points, strict=True)}
+    sample = np.asarray(values, np.float64)
+    drawn = np.random.default_rng(1).integers(0, len(sample), (2000, len(sample)))
+    interval = np.percentile(np.median(sample[drawn], axis=1), [2.5, 97.5])
+    named["median_ci95"] = [_significant(end, digits) for end in interval]
     return {**named, "values": [_significant(value, digits) for value in values]}
 
 

@@ -32,11 +32,16 @@ CONTROL: Final = "control"
 TARGETS: Final = {"faults": 0.99, "ops": 0.98, "full": 0.97}
 PROMPT: Final = "The sea is calm tonight, and the"
 _WARM_TOKENS: Final = 4
-_SETTLE_SECONDS: Final = 0.3
+_SETTLE_SECONDS: Final = 0.15
 _IDLE_SECONDS: Final = 10.0
 _FOREIGN: Final = 0.06
-"""Cores that others may use during a request; a pair with more is measured again."""
+_FOREIGN_PRESSED: Final = 0.2
+"""Cores that others may use during a request; a pair with more is measured again.
+
+Under pressure the kernel's own threads, which read the disk and reclaim memory, are among these others.
+"""
 _TRIES: Final = 20
+_STATISTICS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
 _CALM_SECONDS: Final = 60.0
 
 
@@ -65,8 +70,9 @@ def limit_bytes(pressure: str, model_bytes: int, own_bytes: int) -> int | None:
 class _Condition:
     """A server that is ready to be measured, and a recorder beside it."""
 
-    def __init__(self, server: Server, switch: Switch, tokens: int) -> None:
+    def __init__(self, server: Server, switch: Switch, tokens: int, foreign: float) -> None:
         self.server, self.switch, self.tokens = server, switch, tokens
+        self.foreign = foreign  # cores that others may use
 
     def once(self, detail: Detail | None) -> dict[str, Any]:
         """Ask once, traced at ``detail`` or not at all."""
@@ -93,7 +99,7 @@ class _Condition:
         busy = _FOREIGN + 1
         while busy > _FOREIGN and time.monotonic() < deadline:
             start, before = time.monotonic(), _busy_seconds()
-            time.sleep(0.5)
+            time.sleep(0.2)
             busy = (_busy_seconds() - before) / (time.monotonic() - start)
 
     def pair(self, detail: Detail | None, reverse: bool) -> tuple[dict[str, Any], dict[str, Any], int]:
@@ -104,7 +110,7 @@ class _Condition:
             second = self.once(None if reverse else detail)
             without, traced = (second, first) if reverse else (first, second)
             foreign = max(without["foreign"], traced["foreign"])
-            if foreign <= _FOREIGN:
+            if foreign <= self.foreign:
                 return without, traced, disturbed
             log.info("disturbed: other processes used %.2f cores meanwhile", foreign)
         return without, traced, _TRIES
@@ -136,13 +142,38 @@ class _Condition:
             return report
         cells = [cell for one in traced for cell in one["account"].values()]
         evaluated = count * (self.tokens + _WARM_TOKENS)
-        return report | {
-            "recorder_cpu": spread([one["cpu"] for one in traced]),
-            "recorder_rss_bytes": max(one["rss_bytes"] for one in traced),
-            "events_per_token": round(sum(cell["counted"] for cell in cells) / evaluated, 1),
-            "trace_bytes_per_token": round(sum(one["bytes"] for one in traced) / evaluated, 1),
-            "dropped": sum(cell["dropped"] for cell in cells),
-        }
+        return (
+            report
+            | self.programs(detail)
+            | {
+                "recorder_cpu": spread([one["cpu"] for one in traced]),
+                "recorder_rss_bytes": max(one["rss_bytes"] for one in traced),
+                "events_per_token": round(sum(cell["counted"] for cell in cells) / evaluated, 1),
+                "trace_bytes_per_token": round(sum(one["bytes"] for one in traced) / evaluated, 1),
+                "dropped": sum(cell["dropped"] for cell in cells),
+            }
+        )
+
+    def programs(self, detail: Detail) -> dict[str, float]:
+        """Return how often BPF programs run for a token at ``detail``, and for how long; the kernel's own count.
+
+        The counting costs time itself, so this is no part of the pairs. Entering a program (a trap for a uprobe) is
+        not in it.
+        """
+        self.switch.on(detail)
+        self.server.completion(PROMPT, _WARM_TOKENS)
+        before = _STATISTICS.read_text()
+        try:
+            _STATISTICS.write_text("1")
+            runs, ns = self.switch.program_runs()
+            self.server.completion(PROMPT, self.tokens)
+            more_runs, more_ns = self.switch.program_runs()
+        finally:
+            _STATISTICS.write_text(before)
+            self.switch.off()
+        names = ("bpf_runs_per_token", "bpf_ns_per_token")
+        totals = (more_runs - runs, more_ns - ns)
+        return {name: round(total / self.tokens, 1) for name, total in zip(names, totals, strict=True)}
 
     def idle(self, seconds: float) -> dict[str, Any]:
         """Return what the recorder uses while the server has nothing to do."""
@@ -166,7 +197,9 @@ def _busy_seconds(stat: Path = Path("/proc/stat")) -> float:
 def _ready(model: Path, pressure: str, threads: int, folder: Path, tokens: int) -> Iterator[tuple[_Condition, Any]]:
     """Start a server and a recorder; the server is warm, and then its memory is limited."""
     with contextlib.ExitStack() as stack:
-        group = stack.enter_context(MemoryCgroup("llmtraced-overhead", None)) if pressure != "none" else None
+        group = (
+            stack.enter_context(MemoryCgroup(f"llmtraced-overhead-{os.getpid()}", None)) if pressure != "none" else None
+        )
         if group:
             drop_cache(model)  # what is cached already would be charged to nobody
         server = stack.enter_context(Server(model, threads=threads, cgroup=group))
@@ -178,15 +211,15 @@ def _ready(model: Path, pressure: str, threads: int, folder: Path, tokens: int) 
         switch = stack.enter_context(Switch(server.pid, folder))
         for _ in range(2):
             server.completion(PROMPT, max(tokens // 4, 4))
-        yield _Condition(server, switch, tokens), limit
+        yield _Condition(server, switch, tokens, _FOREIGN_PRESSED if group else _FOREIGN), limit
 
 
 def run(
     *,
     details: Sequence[str] = (CONTROL, "faults", "ops", "full"),
     pressures: Sequence[str] = ("none", "70%"),
-    pairs: int = 10,
-    tokens: int = 128,
+    pairs: int = 30,
+    tokens: int = 64,
     pressed_tokens: int = 16,
     threads: int = 2,
     model: Path | None = None,

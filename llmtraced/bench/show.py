@@ -62,11 +62,15 @@ def render_overhead(report: Mapping[str, Any], style: Style) -> str:
     columns = [
         Column("detail", lambda row: row["detail"], name=True),
         Column("with : without", lambda row: f"{row['ratio']['median']:.4f}"),
-        Column("quartiles", lambda row: f"{row['ratio']['p25']:.4f} to {row['ratio']['p75']:.4f}"),
+        Column("95 % interval", lambda row: "{:.4f} to {:.4f}".format(*row["ratio"]["median_ci95"])),
+        Column("quartiles", lambda row: f"{row['ratio']['p25']:.4f} to {row['ratio']['p75']:.4f}", spare=True),
         Column("range", lambda row: f"{row['ratio']['min']:.4f} to {row['ratio']['max']:.4f}", spare=True),
         Column("tokens/s without", lambda row: f"{row['tokens_per_s_without']['median']:.2f}"),
         Column("recorder CPU", lambda row: f"{row['recorder_cpu']['median']:.2%}" if "recorder_cpu" in row else "-"),
         Column("RSS", lambda row: size(row.get("recorder_rss_bytes"))),
+        Column(
+            "BPF µs/token", lambda row: f"{row['bpf_ns_per_token'] / 1e3:.0f}" if "bpf_ns_per_token" in row else "-"
+        ),
         Column("events/token", lambda row: f"{row.get('events_per_token', 0):,.0f}", spare=True),
         Column("dropped", lambda row: f"{row.get('dropped', 0):,}", spare=True),
     ]

@@ -6,6 +6,7 @@ benchmark can go back and forth. While it is off, nothing is attached, to the ke
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -71,6 +72,17 @@ class Switch:
     def cpu_seconds(self) -> float:
         """Return the processor time that the recorder has used so far."""
         return cpu_seconds(self._child.pid)
+
+    def program_runs(self) -> tuple[int, int]:
+        """Return how often its BPF programs ran, and for how many ns, while kernel.bpf_stats_enabled was 1."""
+        found: dict[bytes, tuple[int, int]] = {}
+        for info in Path(f"/proc/{self._child.pid}/fdinfo").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                pairs = (line.partition(b":") for line in info.read_bytes().splitlines())
+                fields = {key: value.strip() for key, _, value in pairs}
+                if b"run_cnt" in fields:
+                    found[fields[b"prog_id"]] = int(fields[b"run_cnt"]), int(fields[b"run_time_ns"])
+        return sum(count for count, _ in found.values()), sum(ns for _, ns in found.values())
 
     def memory(self) -> dict[str, int]:
         """Return ``rss_bytes`` and ``peak_rss_bytes``."""

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,8 +41,8 @@ def _events(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _overhead_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", metavar="N", type=_count, default=10, help="pairs a level (default 10)")
-    parser.add_argument("--tokens", metavar="N", type=_count, default=128, help="tokens a request (default 128)")
+    parser.add_argument("--pairs", metavar="N", type=_count, default=30, help="pairs a level (default 30)")
+    parser.add_argument("--tokens", metavar="N", type=_count, default=64, help="tokens a request (default 64)")
     parser.add_argument(
         "--pressed-tokens", metavar="N", type=_count, default=16, help="tokens a request under pressure (default 16)"
     )
@@ -105,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.output, args.plot):
         check_output(path, args.force)
     picture = None if args.plot is None else plots.require(args.plot)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is stopped
     report = BENCHMARKS[args.benchmark][2](args)
     if args.json:
         body = json.dumps(report, indent=2) + "\n"

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from llmtraced.reporters import text
 
     story = tell(args.output, n_predict=args.n_predict)
-    trace = open_trace(story.trace)
+    trace = open_trace(story.trace, story.session)
     style = text.Style(shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty())
     for prompt, answer in story.texts:
         print(f"\n{prompt} … {printable(answer, 2000)}")

@@ -16,6 +16,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -141,8 +142,8 @@ def compile_flags(sizes: Sizes, cpus: int) -> list[str]:
         "LT_THREADS": sizes.threads,
         "LT_ACCOUNTS": cpus * schema.SLOTS * schema.EPOCHS * len(schema.Probe),
         "LT_PAGE_SHIFT": schema.PAGE.bit_length() - 1,
-        "LT_FOLIO_CHUNKS": 96,
-        "LT_ROUTE_RECORDS": 1024,
+        "LT_RUN_CHUNKS": 96,
+        "LT_ROUTE_RECORDS": 2048,
         "LT_SYSCALL_OFFSET": _ORIG_AX_OFFSET,
         # Kernels before large folios say no order: every event is one page.
         "LT_ADD_ORDER": "args->order" if tracefs.has_field("filemap", "mm_filemap_add_to_page_cache", "order") else 0,
@@ -199,12 +200,13 @@ def load(sizes: Sizes | None = None) -> Programs:
         raise LlmtracedError("loading BPF programs needs root (CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN)", NO_PERMISSION)
     tracefs.ensure_mounted()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with ours, theirs:
+    # A file, not a pipe: nobody reads what the verifier has to say before the child is done.
+    with ours, theirs, tempfile.TemporaryFile() as said:
         child = subprocess.Popen(
             [sys.executable, "-m", "llmtraced.probes.loader", str(theirs.fileno()), json.dumps(asdict(sizes))],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=said,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )
@@ -221,7 +223,9 @@ def load(sizes: Sizes | None = None) -> Programs:
             if not data:
                 break
             message += data
-        output = child.communicate()[0].decode(errors="replace")
+        child.wait()
+        said.seek(max(said.seek(0, os.SEEK_END) - (1 << 16), 0))
+        output = said.read().decode(errors="replace")
     reply: dict[str, Any] = (
         json.loads(message) if message else {"error": "it ended without an answer", "exit_code": UNSUPPORTED}
     )

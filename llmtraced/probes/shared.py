@@ -33,7 +33,8 @@ SLOT: Final = np.dtype(
         ("tensor_name", "<u8"),
         ("op_mul_mat", "<u8"),
         ("op_mul_mat_id", "<u8"),
-        ("spare", "<u8", (5,)),
+        ("process", "<u8"),
+        ("spare", "<u8", (4,)),
     ]
 )
 RANGE: Final = np.dtype([("start", "<u8"), ("end", "<u8"), ("offset", "<u8"), ("file", "<u8")])

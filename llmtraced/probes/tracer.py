@@ -155,6 +155,7 @@ class Tracer:
         self.slots[slot : slot + 1] = np.zeros(1, SLOT)
         self._accounts[:, slot] = np.zeros(1, ACCOUNT)
         self.slots["phase"][slot] = int(phase)
+        self.slots["process"][slot] = pid
         self._slot_pids[slot] = pid
         self._process_fds[slot] = []
         self._uprobes[slot] = {}
@@ -169,6 +170,7 @@ class Tracer:
         for file in [f for f, owner in self._file_slots.items() if owner == slot]:
             self.remove_file(file)
         self.slots["window"][slot] = 0
+        self.slots["process"][slot] = 0
 
     def free(self, slot: int) -> None:
         """Let the slot be used again."""
@@ -176,6 +178,8 @@ class Tracer:
         if window:
             self._range_space.give(*window)
         del self._slot_pids[slot]
+        if not self._slot_pids:
+            self.detach()  # nothing to trace costs nothing
 
     def set_detail(self, slot: int, detail: Detail, symbols: Mapping[str, Symbol], *, all_ops: bool) -> list[str]:
         """Attach to, or detach from, the process's ggml so that ``detail`` is recorded.
@@ -331,7 +335,10 @@ class Tracer:
             self._seen_space.give(int(entry["seen_base"]), int(entry["spare"]))
 
     def counters(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return copies of a file's totals, dtype shared.COUNTER: by byte extent (faults), by page segment (pages)."""
+        """Return copies of a file's totals, dtype shared.COUNTER: by byte extent (faults), by page segment (pages).
+
+        Pages are in the totals once their run has ended: :meth:`flush` before.
+        """
         entry = self._files[number]
         first, middle = int(entry["byte_base"]), int(entry["page_base"])
         last = middle + int(entry["page_count"])

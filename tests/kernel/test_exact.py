@@ -157,6 +157,7 @@ def test_the_cgroup_counts_the_same(model: Path, tmp_path: Path) -> None:
 def totals(capture: Capture) -> dict[str, int]:
     assert capture.session is not None
     (file,) = capture.session.files.values()
+    capture.tracer.flush()
     by_byte, by_page = capture.tracer.counters(file)
     return {
         "major": int(by_byte["major"].sum()),

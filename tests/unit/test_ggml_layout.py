@@ -120,7 +120,7 @@ def test_weights_of_other_shapes_are_not_taken_for_ours() -> None:
     assert sorted(n for n, _ in found.weights.values()) == sorted(set(SHAPES) - {"output.weight"})
 
 
-# --- refused -----------------------------------------------------------------------------------------------------------
+# --- refused ------------------------------------------------------------------------------------------------------
 
 
 def refused(memory: Memory, graph: int, weights: dict | None = None) -> str:  # type: ignore[type-arg]

@@ -209,7 +209,7 @@ def test_nothing_to_resolve() -> None:
 
 
 def test_the_maps_have_room_for_a_model() -> None:
-    """loader.Sizes.bounds counts on about four extents a tensor where there are gaps, and fewer where there are none."""
+    """An extent is an entry of the map ``bounds``: at most six a tensor with gaps around it, two without."""
     n = 500
     spaced = Resolver({"a": model([tensor(str(i), 4096 + i * 9000, 8001) for i in range(n)])}, {("a", 0): 0}).extents(0)
     assert len(spaced.byte_starts) + len(spaced.page_starts) <= 6 * n + 2

@@ -154,7 +154,7 @@ def test_row_groups_and_encodings(writer: TraceWriter, tmp_path: Path) -> None:
         assert chunk.is_stats_set == (name in {"timestamp", "token"}), "what readers skip row groups by"
 
 
-# --- what fails --------------------------------------------------------------------------------------------------------
+# --- what fails ---------------------------------------------------------------------------------------------------
 
 
 def test_a_reader_never_sees_half_a_file(writer: TraceWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

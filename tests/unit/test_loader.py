@@ -1,0 +1,81 @@
+"""What the parent makes of its child, the compiler: answers, refusals, and more words than a pipe holds."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmtraced import schema
+from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
+from llmtraced.probes import loader, tracefs
+
+
+@pytest.fixture
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Put Python statements in the compiler's place; ``reply(bytes)`` answers the parent."""
+    python = sys.executable
+
+    def becomes(statements: str) -> None:
+        script = tmp_path / "child"
+        script.write_text(
+            f"#!{python}\nimport os, signal, socket, sys\nsignal.alarm(20)\n"
+            f"reply = socket.socket(fileno=int(sys.argv[3])).sendall\n{statements}\n"
+        )
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(tracefs, "ensure_mounted", lambda: Path("/"))
+    return becomes
+
+
+def test_a_child_that_says_much_holds_nobody_up(child: Callable[[str], None]) -> None:
+    child("os.write(1, b'x' * 1_000_000 + b' the end')\nos.write(2, b' of it')")
+    with pytest.raises(LlmtracedError, match="ended without an answer") as caught:
+        loader.load()
+    assert str(caught.value).endswith("x the end of it")
+    assert len(str(caught.value)) < 3000
+    assert caught.value.exit_code == UNSUPPORTED
+
+
+def test_a_refusal_keeps_its_exit_code(child: Callable[[str], None]) -> None:
+    child("""reply(b'{"error": "no headers", "exit_code": 3}')""")
+    with pytest.raises(LlmtracedError) as caught:
+        loader.load()
+    assert str(caught.value) == "cannot load the BPF programs: no headers"
+    assert caught.value.exit_code == NO_PERMISSION
+
+
+def test_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(LlmtracedError, match="needs root") as caught:
+        loader.load()
+    assert caught.value.exit_code == NO_PERMISSION
+
+
+def test_flags_fit_the_sizes() -> None:
+    sizes = loader.Sizes(ring_bytes=1 << 20, bounds=1000, model_bytes=1 << 30, ranges=64)
+    flags = dict(flag.removeprefix("-D").split("=", 1) for flag in loader.compile_flags(sizes, 3))
+    assert int(flags["LT_RING_PAGES"]) * schema.PAGE == 1 << 20
+    assert int(flags["LT_SEEN_WORDS"]) * 64 * schema.PAGE == 1 << 30
+    assert 1 << int(flags["LT_PAGE_SHIFT"]) == schema.PAGE
+    assert int(flags["LT_ACCOUNTS"]) == 3 * schema.SLOTS * schema.EPOCHS * len(schema.Probe)
+    assert 2 ** int(flags["LT_BOUND_STEPS"]) > 1000, "a binary search over all of them comes to an end"
+    assert 2 ** int(flags["LT_RANGE_STEPS"]) > 64
+    wake = int(flags["LT_WAKE_EVENTS"])
+    assert wake & (wake - 1) == 0, "it is used as a mask"
+
+
+def test_every_name_that_the_sources_use_is_given() -> None:
+    text = loader.source()
+    given = {flag.removeprefix("-D").split("=")[0] for flag in loader.compile_flags(loader.Sizes(), 2)}
+    given |= {"LT_HAVE_GET_PAGES"} | set(re.findall(r"#define (\w+)", text))
+    used = set(re.findall(r"\b(?:LT|SYSCALL)_\w+", re.sub(r"//[^\n]*", "", text)))
+    assert used - given == set()
+    assert [p for p in loader.PROGRAMS if f"{p}(" not in text] == []
+    assert [m for m in loader._MAPS if not re.search(rf"^BPF_\w+\([^;]*\b{m}\b[^;]*\);", text, re.MULTILINE)] == []
