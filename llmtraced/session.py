@@ -88,12 +88,18 @@ class Session:
         self._tries = 0
         self._maps: list[Mapping] = []
         self._warned: set[str] = set()
+        self._seen_all = False
         self._batch_sizes: dict[int, tuple[int, int, int]] = {}
         self._ranges: list[tuple[int, int, int, int]] = []
         self._book = TokenBook(clock.monotonic_ns(), int(phase))
-        self._register(target)
         self.detail = detail
-        self.set_detail(detail)
+        try:
+            self._register(target)
+            self.set_detail(detail)
+        except BaseException:
+            tracer.remove_process(self.slot)
+            tracer.free(self.slot)
+            raise
 
     # --- the process -----------------------------------------------------------------------------------------------
 
@@ -151,7 +157,8 @@ class Session:
         self.detail = detail
         if "ggml_graph_compute" not in self.target.symbols and not self.target.mapped_bytes:
             return  # still loading its libraries
-        lost = self.tracer.set_detail(self.slot, detail, self.target.symbols, all_ops=self._hidden_ops)
+        self._seen_all = self._hidden_ops
+        lost = self.tracer.set_detail(self.slot, detail, self.target.symbols, all_ops=self._seen_all)
         self.problems = [p for p in self.problems if not p.startswith(("uprobe", "uretprobe"))] + lost
         for sentence in set(lost) - self._warned:
             log.warning("process %d: %s", self.target.pid, sentence)
@@ -183,13 +190,12 @@ class Session:
         self.graph = graph
         self._graphs_read.add(len(graph.nodes))
         self._batch_sizes[int(mark["token"])] = (graph.nodes[0].rows, graph.nodes[-1].rows, len(graph.nodes))
-        before = self._hidden_ops
         for address, (name, data) in graph.weights.items():
             number = self._tensor_at(name, data)
             self._weights[address] = (number, data)
             mapped = any(start <= data < end for start, end, _, _ in self._ranges)
             (self.backed if mapped else self.unbacked).add(number)
-        if self._hidden_ops and not before and self.detail >= Detail.OPS:
+        if self._hidden_ops != self._seen_all and self.detail >= Detail.OPS:
             self.set_detail(self.detail)
 
     def _apply_layout(self, layout: Layout) -> None:
@@ -301,6 +307,7 @@ class Session:
             (Probe.OPS, self.rows.ops(of(Kind.OP), of(Kind.ROUTE), dict(self._weights), self.op_names)),
             (Probe.ROUTING, self.rows.routing(of(Kind.ROUTE))),
         ]
+        failure: str | None = None
         tokens = self._book.add(events, dict(self._batch_sizes))
         if last:
             tokens = pa.concat_tables([tokens, self._book.close(clock.monotonic_ns())])
@@ -313,14 +320,14 @@ class Session:
             try:
                 self.writer.write(name, table, name, {name: cell} if cell else {})
             except LlmtracedError as error:
-                if self.write_error is None:
+                if self.write_error is None and failure is None:
                     log.error("%s; recording pauses, metrics go on", error)
-                self.write_error = str(error)
+                failure = str(error)
                 continue
-            self.write_error = None
             total = self.account.setdefault(name, {"counted": 0, "delivered": 0, "dropped": 0})
             for key, value in (cell or {}).items():
                 total[key] += value
+        self.write_error = failure
 
     def write_tensors(self) -> None:
         """Write, or write again, the table of tensors."""

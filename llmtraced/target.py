@@ -20,7 +20,7 @@ import numpy as np
 from elftools.common.exceptions import ELFError
 
 from llmtraced import elf
-from llmtraced.errors import FAILED, NO_PERMISSION, UNSUPPORTED, LlmtracedError
+from llmtraced.errors import FAILED, NO_PERMISSION, UNSUPPORTED, LlmtracedError, printable
 from llmtraced.gguf_map import Model, is_gguf, read_model
 
 __all__ = [
@@ -313,6 +313,7 @@ def _take_models(target: Target, paths: Sequence[str], mapped: Sequence[Mapping]
         label = model.shards[0].path.name
         if path.startswith("/proc/") and "/map_files/" in path:  # deleted or replaced: only the mapping has it now
             label = next(os.path.basename(m.path) for m in mapped if reachable(target.pid, m) == path)
+        label = printable(label, 255)  # file names are bytes; a label is text
         while label in target.models:
             label += "'"
         target.models[label] = model

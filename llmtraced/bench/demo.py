@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from llmtraced.bench.engine import Server, default_cache_dir, ensure_gemma, ensure_llama_server, free_port
 from llmtraced.bench.pressure import MemoryCgroup, drop_cache, read_ahead_file
-from llmtraced.errors import LlmtracedError
+from llmtraced.errors import USAGE, LlmtracedError
 
 __all__ = ["Story", "tell"]
 
@@ -36,7 +36,16 @@ _READY_SECONDS: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """What the demo did: the trace's folder and its session (of our server, among what else ran), the texts, a sample of the metrics, and sizes in bytes."""
+    """What the demo did.
+
+    Attributes:
+        trace, session: the trace's folder, and our server's session in it, among what else ran.
+        metrics: a scrape, as a file.
+        texts: prompts and what the model made of them.
+        model, model_bytes, limit_bytes: its file, its size, the memory that the server had.
+        read_ahead_kb: of the model's disk, None where it cannot be read.
+        tokens_per_second: decoded.
+    """
 
     trace: Path
     session: str
@@ -90,16 +99,21 @@ def tell(folder: Path | None = None, *, n_predict: int = 32) -> Story:
     """Do it; progress goes to the log.
 
     Args:
-        folder: for the trace, the metrics and the logs; in the cache folder by default. It is emptied.
+        folder: for trace, metrics and logs, the cache folder by default; an earlier demo in it is replaced.
         n_predict: tokens to generate for each prompt.
 
     Raises:
         LlmtracedError: something is missing that could not be had.
     """
     base = folder or default_cache_dir() / "demo"
-    if base.is_dir():
-        shutil.rmtree(base)
-    base.mkdir(parents=True)
+    mine = {base / name for name in ("trace", "metrics.txt", "daemon.log", "server.log")}
+    if base.exists() and (not base.is_dir() or not set(base.iterdir()) <= mine):
+        raise LlmtracedError(
+            f"{base} has other things in it than an earlier demo; name an empty or a new folder", USAGE
+        )
+    base.mkdir(parents=True, exist_ok=True)
+    for path in mine:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     log.info("getting llama-server (built from source the first time, some minutes)")
     binary = ensure_llama_server()
     log.info("getting the model")

@@ -15,7 +15,9 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for trace and logs (emptied first)")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="folder for trace and logs (an earlier demo in it is replaced)"
+    )
     parser.add_argument("-n", "--n-predict", type=int, default=32, metavar="N", help="tokens per answer (default 32)")
 
 

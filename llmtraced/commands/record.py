@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.pid is None) == (not args.command):
         raise LlmtracedError("say which process: either --pid PID or -- COMMAND", USAGE)
+    if args.output.exists() and not args.output.is_dir():
+        raise LlmtracedError(f"{args.output} is not a folder", USAGE)
     if args.output.exists() and any(args.output.iterdir()) and not args.force:
         raise LlmtracedError(f"{args.output} is not empty, will not write into it without --force", USAGE)
     stop: list[int] = []
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             child = capture.start(args.command)
         else:
             capture.attach(args.pid)
-        ends = time.monotonic() + args.duration if args.duration else None
+        ends = time.monotonic() + args.duration if args.duration is not None else None
         while not stop and capture.alive and (ends is None or time.monotonic() < ends):
             capture.step()
     finally:
@@ -76,4 +78,4 @@ def run(args: argparse.Namespace) -> int:
     if child.poll() is None:
         child.send_signal(stop[0] if stop else signal.SIGTERM)
     code = child.wait()
-    return 0 if stop or args.duration else code if code >= 0 else 128 - code
+    return 0 if stop or args.duration is not None else code if code >= 0 else 128 - code

@@ -26,7 +26,8 @@ def test_a_wheel_has_the_bpf_sources_and_loads_them(tmp_path: Path) -> None:
     for source in (ROOT / "bpf").iterdir():
         assert f"llmtraced/bpf/{source.name}" in names
     code = (
-        "import llmtraced.probes.loader as l; assert str(l.bpf_folder()).endswith('site/llmtraced/bpf'), l.bpf_folder();"
+        "import llmtraced.probes.loader as l;"
+        "assert str(l.bpf_folder()).endswith('site/llmtraced/bpf'), l.bpf_folder();"
         "p = l.load(); assert not p.refused, p.refused; print(len(p.programs))"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

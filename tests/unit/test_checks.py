@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from llmtraced import checks, requirements
+from llmtraced.cgroup import Cgroup
 from llmtraced.commands import check as command
 from llmtraced.commands import main
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
 from llmtraced.headers import Headers
 from llmtraced.requirements import Check
-from llmtraced.cgroup import Cgroup
 
 ALL = "Name:\tpython\nCapEff:\t000001ffffffffff\nSeccomp:\t0\n"
 HOST = "         0          0 4294967295\n"

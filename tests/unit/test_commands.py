@@ -172,7 +172,6 @@ def test_record_does_not_write_into_what_is_there(tmp_path: Path, capsys: Captur
 
 
 @pytest.mark.usefixtures("no_capture")
-@pytest.mark.xfail(strict=True, raises=NotADirectoryError, reason="comes out as a traceback")
 def test_record_into_a_file(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "mine").write_text("kept")
     assert str(tmp_path / "mine") in said(["record", "--pid", "1", "-o", str(tmp_path / "mine")], 2, capsys)
