@@ -116,7 +116,7 @@ class Daemon:
 
     def step(self) -> None:
         """Wait a little, take what has come, look for processes when it is time."""
-        learning = any(s.layout is None and not s.problems for s in self._sessions.values())
+        learning = any(s.learning and not s.problems for s in self._sessions.values())
         self.tracer.ring.wait(_LEARNING_SECONDS if learning else _WAIT_SECONDS)
         if self._sessions:
             self.recorder.poll()

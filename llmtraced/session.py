@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,10 +20,10 @@ from llmtraced.ggml_layout import Graph, Layout, Weight, derive, memory_reader, 
 from llmtraced.gguf_map import Model
 from llmtraced.probes.tracer import Tracer
 from llmtraced.resolve import Resolver
-from llmtraced.rows import RowMaker, TokenBook
-from llmtraced.schema import EVENT, TABLES, Detail, Kind, Phase, Probe
+from llmtraced.rows import RowMaker, TokenBook, join, pick
+from llmtraced.schema import TABLES, Detail, Kind, Phase, Probe
 from llmtraced.store import TraceWriter
-from llmtraced.target import Mapping, Target, maps, operator_names, scan
+from llmtraced.target import Target, maps_text, operator_names, scan
 
 __all__ = ["Account", "Session", "session_metadata", "session_name"]
 
@@ -86,7 +87,7 @@ class Session:
         self._weights: dict[int, tuple[int, int]] = {}
         self._graphs_read: set[int] = set()
         self._tries = 0
-        self._maps: list[Mapping] = []
+        self._maps = b""
         self._warned: set[str] = set()
         self._seen_all = False
         self._batch_sizes: dict[int, tuple[int, int, int]] = {}
@@ -134,9 +135,14 @@ class Session:
         """Whether the process's graphs are seen."""
         return bool(self.tracer.uprobes(self.slot))
 
+    @property
+    def learning(self) -> bool:
+        """Whether the process's graphs are still to be understood: then each one is looked at as it comes."""
+        return not self.clocked or (self.layout is None and self._tries < _GRAPH_TRIES)
+
     def refresh(self) -> None:
         """Look where the process has its models, and its ggml, now: it may still be loading, or unmap and map more."""
-        found = maps(self.target.pid)
+        found = maps_text(self.target.pid)
         if found == self._maps:
             return
         self._maps = found
@@ -288,8 +294,7 @@ class Session:
             }
             if any(cell.values()):
                 account[probe.name.lower()] = cell
-        events = np.concatenate(epoch.events) if epoch.events else np.empty(0, EVENT)
-        return events, account
+        return join(epoch.events), account
 
     # --- files (the writer's thread) -------------------------------------------------------------------------------
 
@@ -298,25 +303,27 @@ class Session:
         kinds = events["kind"]
 
         def of(*wanted: Kind) -> NDArray[Any]:
-            return events[np.isin(kinds, wanted)] if len(events) else events
+            chosen = np.isin(kinds, wanted)
+            return events if chosen.all() else pick(events, chosen)
 
-        tables: list[tuple[Probe, pa.Table]] = [
-            (Probe.FAULTS, self.rows.faults(of(Kind.FAULT))),
-            (Probe.PAGECACHE, self.rows.pagecache(of(Kind.ADD, Kind.EVICT))),
-            (Probe.READS, self.rows.reads(of(Kind.READ))),
-            (Probe.OPS, self.rows.ops(of(Kind.OP), of(Kind.ROUTE), dict(self._weights), self.op_names)),
-            (Probe.ROUTING, self.rows.routing(of(Kind.ROUTE))),
-        ]
+        makers: dict[Probe, Callable[[NDArray[Any]], pa.Table]] = {
+            Probe.FAULTS: self.rows.faults,
+            Probe.PAGECACHE: self.rows.pagecache,
+            Probe.READS: self.rows.reads,
+            Probe.OPS: lambda ops: self.rows.ops(ops, of(Kind.ROUTE), dict(self._weights), self.op_names),
+            Probe.ROUTING: self.rows.routing,
+        }
+        # Each table costs some milliseconds even when it is empty: only those with something to say are made.
+        tables = [(p, make(of(*_PROBE_OF[p]))) for p, make in makers.items() if p.name.lower() in account]
         failure: str | None = None
         tokens = self._book.add(events, dict(self._batch_sizes))
         if last:
             tokens = pa.concat_tables([tokens, self._book.close(clock.monotonic_ns())])
-        tables.append((Probe.TOKENS, tokens))
+        if tokens.num_rows or Probe.TOKENS.name.lower() in account:
+            tables.append((Probe.TOKENS, tokens))
         for probe, table in tables:
             name = probe.name.lower()
             cell = account.get(name)
-            if not cell and not table.num_rows:
-                continue
             try:
                 self.writer.write(name, table, name, {name: cell} if cell else {})
             except LlmtracedError as error:

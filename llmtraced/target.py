@@ -33,6 +33,7 @@ __all__ = [
     "from_arguments",
     "gguf_arguments",
     "maps",
+    "maps_text",
     "operator_names",
     "parse_maps",
     "scan",
@@ -90,12 +91,18 @@ def start_ticks(pid: int) -> int:
     return int(text[text.rindex(b")") + 2 :].split()[19])
 
 
+def maps_text(pid: int) -> bytes:
+    """Return ``/proc/PID/maps``; empty if the process is gone or not ours to see."""
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as stream:
+            return stream.read()
+    except OSError:
+        return b""
+
+
 def maps(pid: int) -> list[Mapping]:
     """Return the file-backed mappings of ``pid``, by address; an empty list if it is gone or not ours to see."""
-    try:
-        return parse_maps(Path(f"/proc/{pid}/maps").read_bytes())
-    except OSError:
-        return []
+    return parse_maps(maps_text(pid))
 
 
 def parse_maps(text: bytes) -> list[Mapping]:

@@ -44,6 +44,8 @@ _PERF_EVENT_IOC_ENABLE, _PERF_EVENT_IOC_SET_BPF = 0x2400, 0x40042408
 _PERF_ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5
 _UPROBE_PMU = Path("/sys/bus/event_source/devices/uprobe")
 
+_ENDBR64 = b"\xf3\x0f\x1e\xfa"
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -156,6 +158,19 @@ def open_software_event(config: int, cpu: int, program: int, what: str) -> int:
     return _start(_perf_event_open(_attr(_PERF_TYPE_SOFTWARE, config, period=1), -1, cpu, what), program, what)
 
 
+def _landing_pad(path: str, offset: int) -> int:
+    """Return the length of an ``endbr64`` at ``offset``, 0 if there is none.
+
+    The kernel emulates the ``push`` that most functions begin with, but single-steps an ``endbr64`` in a copy:
+    measured, 0.7 against 10.9 us a hit (6.18). It changes no register and no stack, so the probe goes behind it.
+    """
+    try:
+        with open(path, "rb") as stream:  # noqa: PTH123  a path in /proc
+            return len(_ENDBR64) if os.pread(stream.fileno(), len(_ENDBR64), offset) == _ENDBR64 else 0
+    except OSError:
+        return 0  # perf_event_open will say what is wrong
+
+
 def open_uprobe(path: str, offset: int, pid: int, program: int, what: str, *, on_return: bool = False) -> int:
     """Attach ``program`` at ``offset`` in the file ``path``, in process ``pid`` only.
 
@@ -172,6 +187,7 @@ def open_uprobe(path: str, offset: int, pid: int, program: int, what: str, *, on
         bit = int((_UPROBE_PMU / "format/retprobe").read_text().strip().removeprefix("config:"))
     except OSError as error:
         raise LlmtracedError(f"this kernel has no uprobes (CONFIG_UPROBE_EVENTS): {error}", UNSUPPORTED) from error
+    offset += _landing_pad(path, offset)
     name = ctypes.create_string_buffer(os.fsencode(path))
     attr = _attr(kind, (1 << bit) if on_return else 0, config1=_address(name), config2=offset)
     return _start(_perf_event_open(attr, pid, -1, what), program, what)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
+from llmtraced import elf
 from llmtraced import target as targets
 from llmtraced.bench import models
 from llmtraced.bench.pressure import MemoryCgroup, ReadAhead, drop_cache
@@ -298,3 +300,35 @@ def test_a_ring_that_is_too_small_loses_events_and_says_how_many(model: Path, tm
     assert account["dropped"] > n / 2
     assert account["counted"] == account["delivered"] + account["dropped"]
     assert table(trace, "faults").height == account["delivered"]
+
+
+def test_uprobes_on_functions_with_a_landing_pad_are_cheap_and_exact(tmp_path: Path) -> None:
+    """Builds with control-flow protection begin functions with endbr64: the probe goes behind it, missing nothing."""
+    source, program = tmp_path / "calls.c", tmp_path / "calls"
+    source.write_text(
+        "#include <stdio.h>\n"
+        '__attribute__((noinline)) int ggml_graph_compute(int *p) { __asm__ volatile("" ::: "memory"); return *p; }\n'
+        "int main(void) { int one = 1, sum = 0; getchar();\n"
+        "  for (int i = 0; i < 997; i++) sum += ggml_graph_compute(&one);\n"
+        '  printf("%d\\n", sum); fflush(stdout); getchar(); return 0; }\n'
+    )
+    subprocess.run(["cc", "-O1", "-fcf-protection=full", "-o", program, source], check=True)
+    offset = elf.functions(str(program), b"ggml_graph")["ggml_graph_compute"]
+    assert program.read_bytes()[offset : offset + 4] == b"\xf3\x0f\x1e\xfa"
+    tracer = Tracer()
+    with subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin
+        assert child.stdout
+        slot = tracer.add_process(child.pid, Phase.UNKNOWN)
+        symbols = {"ggml_graph_compute": targets.Symbol(str(program), offset)}
+        lost = tracer.set_detail(slot, Detail.FAULTS, symbols, all_ops=False)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "997\n"
+        seen = int(tracer.slots["token"][slot])
+        records = sum(len(batch) for batch in tracer.read())
+        child.stdin.write("\n")
+    tracer.close()
+    assert not lost
+    assert seen == 997
+    assert records == 2 * 997
