@@ -159,6 +159,14 @@ INLINE u32 *current_slot_no(void) {
     return targets.lookup(&process);
 }
 
+INLINE struct slot *current_slot(u32 *number) {
+    u32 *found = current_slot_no();
+    if (!found)
+        return 0;
+    *number = *found;
+    return slots.lookup(number);
+}
+
 // The last of bounds[base .. base+count) that is <= value; base if none is. One variable moves, by powers of two, so
 // that the verifier has few states to follow.
 INLINE u32 find_bound(u64 base, u64 count, u64 value) {

@@ -152,11 +152,8 @@ INLINE int fault_ends(struct bpf_perf_event_data *ctx, u8 outcome) {
         return 0;
     }
     // Its beginning was not seen.
-    u32 *slot_no = targets.lookup(&process);
-    if (!slot_no)
-        return 0;
-    u32 number = *slot_no;
-    struct slot *slot = slots.lookup(&number);
+    u32 number = 0;
+    struct slot *slot = current_slot(&number);
     if (!slot)
         return 0;
     struct model_range *range = find_range(slot, address);

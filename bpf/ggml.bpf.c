@@ -14,11 +14,8 @@ INLINE u64 node_rows(struct slot *slot, u64 nodes, s64 i) {
 
 // ggml_graph_compute(struct ggml_cgraph *, struct ggml_cplan *)
 int on_graph(struct pt_regs *ctx) {
-    u32 *slot_no = current_slot_no();
-    if (!slot_no)
-        return 0;
-    u32 number = *slot_no;
-    struct slot *slot = slots.lookup(&number);
+    u32 number = 0;
+    struct slot *slot = current_slot(&number);
     if (!slot)
         return 0;
     u64 graph = PT_REGS_PARM1(ctx), tokens = 0, outputs = 0, nodes = 0, now = bpf_ktime_get_ns();
@@ -76,25 +73,23 @@ INLINE void emit_op(struct slot *slot, u32 number, struct op *op, u64 duration) 
     submit(event);
 }
 
-INLINE void end_op(struct slot *slot, u32 number, u64 now) {
-    u32 thread = bpf_get_current_pid_tgid();
-    struct op *op = ops.lookup(&thread);
-    if (!op || !op->since)
+INLINE void end_op(struct slot *slot, u32 number, struct op *op, u64 now) {
+    if (!op->since)
         return;
     emit_op(slot, number, op, now - op->since);
     op->since = 0;
 }
 
 int on_graph_return(struct pt_regs *ctx) {
-    u32 *slot_no = current_slot_no();
-    if (!slot_no)
-        return 0;
-    u32 number = *slot_no;
-    struct slot *slot = slots.lookup(&number);
+    u32 number = 0;
+    struct slot *slot = current_slot(&number);
     if (!slot || !slot->graph_start)
         return 0;
     u64 now = bpf_ktime_get_ns();
-    end_op(slot, number, now);
+    u32 thread = bpf_get_current_pid_tgid();
+    struct op *last = ops.lookup(&thread);
+    if (last)
+        end_op(slot, number, last, now);
     __sync_fetch_and_add(&slot->eval_ns, now - slot->graph_start);
     u32 epoch = current_epoch();
     count(number, epoch, PROBE_TOKENS, 1);
@@ -110,62 +105,65 @@ int on_graph_return(struct pt_regs *ctx) {
     return 0;
 }
 
-// Each thread of the pool calls an operator; the first (params->ith, its first field) speaks for all.
+// Each thread of the pool calls an operator; the first (params->ith, its first field) speaks for all. That is asked
+// before anything else: the others should be gone at once.
 INLINE struct slot *first_thread(struct pt_regs *ctx, u32 *number) {
     s32 ith = -1;
-    u32 *slot_no = current_slot_no();
-    if (!slot_no)
-        return 0;
     bpf_probe_read_user(&ith, sizeof(ith), (void *)PT_REGS_PARM1(ctx));
     if (ith != 0)
         return 0;
-    *number = *slot_no;
-    struct slot *slot = slots.lookup(number);
+    struct slot *slot = current_slot(number);
     return slot && slot->layout ? slot : 0;
 }
 
-INLINE void begin_op(struct slot *slot, u64 dst, u64 now) {
-    u32 thread = bpf_get_current_pid_tgid(), kind = 0;
+INLINE void begin_op(struct slot *slot, u32 thread, struct op *op, u64 dst, u64 now) {
+    u32 kind = 0;
     u64 sources[2] = {}, rows = 0;
     bpf_probe_read_user(&kind, sizeof(kind), (void *)(dst + slot->tensor_op));
     if (slot->detail < DETAIL_FULL && kind != slot->op_mul_mat && kind != slot->op_mul_mat_id)
         return;
     bpf_probe_read_user(&sources, sizeof(sources), (void *)(dst + slot->tensor_src));
     bpf_probe_read_user(&rows, sizeof(rows), (void *)(dst + slot->tensor_ne + 8));
-    struct op op = {.since = now, .src0 = sources[0], .src1 = sources[1], .what = kind | rows << 32};
-    ops.update(&thread, &op);
+    struct op begun = {.since = now, .src0 = sources[0], .src1 = sources[1], .what = kind | rows << 32};
+    if (op)
+        *op = begun; // in its place: an update would make a new entry and throw the old one away
+    else
+        ops.update(&thread, &begun);
 }
 
 // ggml_compute_forward_mul_mat(const struct ggml_compute_params *, struct ggml_tensor *dst)
 int on_mul_mat(struct pt_regs *ctx) {
-    u32 number = 0;
+    u32 number = 0, thread = bpf_get_current_pid_tgid();
     struct slot *slot = first_thread(ctx, &number);
     if (slot)
-        begin_op(slot, PT_REGS_PARM2(ctx), bpf_ktime_get_ns());
+        begin_op(slot, thread, ops.lookup(&thread), PT_REGS_PARM2(ctx), bpf_ktime_get_ns());
     return 0;
 }
 
 int on_mul_mat_return(struct pt_regs *ctx) {
-    u32 *slot_no = current_slot_no();
-    if (!slot_no)
+    u32 thread = bpf_get_current_pid_tgid();
+    struct op *op = ops.lookup(&thread);
+    if (!op || !op->since)
         return 0;
-    u32 number = *slot_no;
-    struct slot *slot = slots.lookup(&number);
+    u32 number = 0;
+    struct slot *slot = current_slot(&number);
     if (slot)
-        end_op(slot, number, bpf_ktime_get_ns());
+        end_op(slot, number, op, bpf_ktime_get_ns());
     return 0;
 }
 
 // ggml_cpu_extra_compute_forward(params, dst), which ggml asks first for every operator, whoever computes it: one
 // probe sees them all. An operator ends where the thread's next begins, so its time includes waiting for the others.
 int on_any_op(struct pt_regs *ctx) {
-    u32 number = 0;
+    u32 number = 0, thread = bpf_get_current_pid_tgid();
     struct slot *slot = first_thread(ctx, &number);
     if (!slot)
         return 0;
     u64 now = bpf_ktime_get_ns();
-    end_op(slot, number, now);
-    begin_op(slot, PT_REGS_PARM2(ctx), now);
+    struct op *op = ops.lookup(&thread);
+    if (op)
+        end_op(slot, number, op, now);
+    begin_op(slot, thread, op, PT_REGS_PARM2(ctx), now);
     return 0;
 }
 

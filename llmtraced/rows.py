@@ -103,23 +103,19 @@ class RowMaker:
 
     def pagecache(self, events: Events) -> pa.Table:
         """Return rows of table ``pagecache`` for ADD and EVICT records, cut at the borders of tensors and experts."""
-        events = _in_time(events)
-        pages = events["b"] & _LOW32
-        rows = self._resolver.split(events["a"] >> _FILE_SHIFT, (events["a"] & _INDEX) * _PAGE, pages * _PAGE)
-        events = pick(events, rows.source)
-        columns = {
-            **self._when(events),
+        events, columns = self._stretches(events)
+        columns |= {
             "action": _dictionary(events["kind"] - Kind.ADD, _ACTIONS),
-            "offset_bytes": _int(rows.offset),
-            "bytes": _int(rows.bytes),
-            **self._where(rows.piece),
             "cause": _dictionary(events["code"], CAUSES),
-            **_who(events),
         }
         return _table("pagecache", columns)
 
     def reads(self, events: Events) -> pa.Table:
         """Return rows of table ``reads`` for READ records, cut at the borders of tensors and experts."""
+        return _table("reads", self._stretches(events)[1])
+
+    def _stretches(self, events: Events) -> tuple[Events, dict[str, pa.Array]]:
+        """Return records of page runs, one for each row that they become, and the columns that all such tables have."""
         events = _in_time(events)
         pages = events["b"] & _LOW32
         rows = self._resolver.split(events["a"] >> _FILE_SHIFT, (events["a"] & _INDEX) * _PAGE, pages * _PAGE)
@@ -131,7 +127,7 @@ class RowMaker:
             **self._where(rows.piece),
             **_who(events),
         }
-        return _table("reads", columns)
+        return events, columns
 
     def ops(
         self, events: Events, routes: Events, weights: dict[int, tuple[int, int]], op_names: dict[int, str]

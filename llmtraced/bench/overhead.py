@@ -176,15 +176,26 @@ class _Condition:
         return {name: round(total / self.tokens, 1) for name, total in zip(names, totals, strict=True)}
 
     def idle(self, seconds: float) -> dict[str, Any]:
-        """Return what the recorder uses while the server has nothing to do."""
+        """Return what the recorder uses beside an idle server: before it has seen a graph evaluated, and after."""
         self.switch.on(Detail.FAULTS)
+        fresh = self._idle_cpu(seconds)
+        self.server.completion(PROMPT, _WARM_TOKENS)
+        settled = self._idle_cpu(seconds)
+        memory = self.switch.memory()
+        self.switch.off()
+        found = {
+            "detail": "faults",
+            "seconds": seconds,
+            "recorder_cpu": settled,
+            "recorder_cpu_before_first_graph": fresh,
+        }
+        return {**found, **memory}
+
+    def _idle_cpu(self, seconds: float) -> float:
         time.sleep(1.0)
         before, start = self.switch.cpu_seconds(), time.monotonic()
         time.sleep(seconds)
-        cpu = (self.switch.cpu_seconds() - before) / (time.monotonic() - start)
-        memory = self.switch.memory()
-        self.switch.off()
-        return {"detail": "faults", "seconds": seconds, "recorder_cpu": round(cpu, 5), **memory}
+        return round((self.switch.cpu_seconds() - before) / (time.monotonic() - start), 5)
 
 
 def _busy_seconds(stat: Path = Path("/proc/stat")) -> float:

@@ -83,8 +83,8 @@ def render_overhead(report: Mapping[str, Any], style: Style) -> str:
         lines += ["", style.bold(f"memory pressure {condition['pressure']}: {limit}; {settings['pairs']} pairs")]
         lines += table(rows, columns, style)
         lines.append(
-            f"beside an idle server for {idle['seconds']:.0f} s: {idle['recorder_cpu']:.2%} of a core, "
-            f"{size(idle['rss_bytes'])}"
+            f"beside an idle server for {idle['seconds']:.0f} s: {idle['recorder_cpu']:.2%} of a core "
+            f"({idle['recorder_cpu_before_first_graph']:.2%} before its first graph), {size(idle['rss_bytes'])}"
         )
     return "\n".join([*lines, "", *_targets(report["targets"], style), ""])
 

@@ -13,6 +13,7 @@ import re
 import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -108,10 +109,8 @@ class Switch:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the processor time that a process has used so far, in user space and kernel, all threads."""
-    text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    user, system = text[text.rindex(")") + 2 :].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    """Return the processor time that a process has used so far, in user space and kernel, all threads; to the ns."""
+    return time.clock_gettime(~pid << 3 | 2)  # its CPU-time clock, as clock_getcpuclockid(3) makes it
 
 
 def _serve(pid: int, folder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from llmtraced.bench import events, overhead, show
 from llmtraced.bench.figures import machine, spread
+from llmtraced.bench.switch import cpu_seconds
 from llmtraced.commands import bench
 from llmtraced.errors import NO_PERMISSION, USAGE, LlmtracedError
 from llmtraced.reporters.text import Style
@@ -51,6 +52,14 @@ def test_bad_limits(pressure):
     with pytest.raises(LlmtracedError, match="no such pressure") as error:
         overhead.limit_bytes(pressure, 1000, 50)
     assert error.value.exit_code == USAGE
+
+
+def test_processor_time_of_a_process():
+    before = cpu_seconds(os.getpid())
+    sum(range(2_000_000))
+    assert 0.001 < cpu_seconds(os.getpid()) - before < 10
+    with pytest.raises(OSError, match="argument"):
+        cpu_seconds(2**22 + 1)
 
 
 def test_unknown_detail_is_refused_before_anything_is_started():
@@ -102,7 +111,8 @@ def overhead_report():
         "tokens_per_s_with": spread([79, 81]),
     }
     traced = {"recorder_cpu": spread([0.01]), "recorder_rss_bytes": 150_000_000, "events_per_token": 90.0, "dropped": 0}
-    idle = {"detail": "faults", "seconds": 10.0, "recorder_cpu": 0.004, "rss_bytes": 1, "peak_rss_bytes": 2}
+    idle = {"detail": "faults", "seconds": 10.0, "recorder_cpu": 0.004, "recorder_cpu_before_first_graph": 0.01}
+    idle |= {"rss_bytes": 1, "peak_rss_bytes": 2}
     condition = {"limit_bytes": None, "tokens": 64, "details": {"control": level, "ops": {**level, **traced}}}
     medians = {p: {"control": 0.985, "ops": 0.985} for p in ("none", "70%")}
     return {
