@@ -47,7 +47,10 @@ int on_graph(struct pt_regs *ctx) {
     event->b = (tokens & 0xffffffff) | outputs << 32;
     event->c = (u32)n_nodes;
     event->d = slot->stall_ns;
-    submit(event);
+    if (slot->layout)
+        submit(event);
+    else
+        ring.ringbuf_submit(event, BPF_RB_FORCE_WAKEUP); // user space is to look at this graph while it is there
     return 0;
 }
 

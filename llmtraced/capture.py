@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.02  # between looks at a process that has not mapped its model yet
 _REFRESH_SECONDS = 1.0  # between looks at where its models are mapped
-_POLL_SECONDS = 0.25  # each look costs some 100 us; the probes wake us where a ring fills up sooner
+_POLL_SECONDS = 0.25  # each look costs some 100 us; the probes wake us for a first graph, and where the ring fills up
 
 
 class Capture:
@@ -101,7 +101,7 @@ class Capture:
                         self._begin(target, Phase.LOAD)
                         break
             return 0
-        self.tracer.ring.wait(_POLL_SECONDS if not self.session.learning else _LOOK_SECONDS)
+        self.tracer.ring.wait(_POLL_SECONDS if self.session.clocked else _LOOK_SECONDS)
         n = self.recorder.poll()
         settled = self.session.clocked and self.session.target.mapped_bytes
         if time.monotonic() - self._refreshed > (_REFRESH_SECONDS if settled else _LOOK_SECONDS):

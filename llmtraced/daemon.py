@@ -36,7 +36,7 @@ __all__ = ["Daemon", "notify"]
 log = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 0.25
-_LEARNING_SECONDS = 0.05
+_LOADING_SECONDS = 0.05
 _REFRESH_SECONDS = 1.0
 
 
@@ -116,8 +116,8 @@ class Daemon:
 
     def step(self) -> None:
         """Wait a little, take what has come, look for processes when it is time."""
-        learning = any(s.learning and not s.problems for s in self._sessions.values())
-        self.tracer.ring.wait(_LEARNING_SECONDS if learning else _WAIT_SECONDS)
+        loading = any(not s.clocked and not s.problems for s in self._sessions.values())
+        self.tracer.ring.wait(_LOADING_SECONDS if loading else _WAIT_SECONDS)
         if self._sessions:
             self.recorder.poll()
         now = time.monotonic()
@@ -125,7 +125,7 @@ class Daemon:
             self._scanned = now
             self._find()
             notify("WATCHDOG=1")
-        if now - self._refreshed >= _REFRESH_SECONDS or learning:
+        if now - self._refreshed >= _REFRESH_SECONDS or loading:
             self._refreshed = now
             for key, session in list(self._sessions.items()):
                 if session.target.alive:

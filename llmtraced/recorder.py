@@ -17,6 +17,7 @@ import time
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from llmtraced.errors import LlmtracedError
@@ -31,7 +32,7 @@ __all__ = ["Recorder"]
 log = logging.getLogger(__name__)
 
 _SETTLE_SECONDS: Final = 1.0
-_BUFFERED_EVENTS: Final = 1 << 19  # 32 MB of records: then a file is written before its time
+_BUFFERED_EVENTS: Final = 1 << 17  # 8 MB of records, a row group: then a file is written before its time
 _QUEUED_FILES: Final = 4
 
 
@@ -142,6 +143,8 @@ class Recorder:
             except Exception:
                 log.exception("writing the trace of process %d failed", session.target.pid)
             finally:
+                del job, events
+                pa.default_memory_pool().release_unused()  # a file's columns are some MB; between files we need none
                 self._jobs.task_done()
 
     def close(self) -> None:

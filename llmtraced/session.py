@@ -89,7 +89,6 @@ class Session:
         self._tries = 0
         self._maps = b""
         self._warned: set[str] = set()
-        self._seen_all = False
         self._batch_sizes: dict[int, tuple[int, int, int]] = {}
         self._ranges: list[tuple[int, int, int, int]] = []
         self._book = TokenBook(clock.monotonic_ns(), int(phase))
@@ -135,11 +134,6 @@ class Session:
         """Whether the process's graphs are seen."""
         return bool(self.tracer.uprobes(self.slot))
 
-    @property
-    def learning(self) -> bool:
-        """Whether the process's graphs are still to be understood: then each one is looked at as it comes."""
-        return not self.clocked or (self.layout is None and self._tries < _GRAPH_TRIES)
-
     def refresh(self) -> None:
         """Look where the process has its models, and its ggml, now: it may still be loading, or unmap and map more."""
         found = maps_text(self.target.pid)
@@ -153,18 +147,12 @@ class Session:
         if not self.clocked:
             self.set_detail(self.detail)
 
-    @property
-    def _hidden_ops(self) -> bool:
-        """Whether multiplications pass by mul_mat's own symbol: repacked weights, and experts (inlined)."""
-        return bool(self.unbacked) or bool(self.layout and self.layout.op_mul_mat_id)
-
     def set_detail(self, detail: Detail) -> None:
         """Turn the dial."""
         self.detail = detail
         if "ggml_graph_compute" not in self.target.symbols and not self.target.mapped_bytes:
             return  # still loading its libraries
-        self._seen_all = self._hidden_ops
-        lost = self.tracer.set_detail(self.slot, detail, self.target.symbols, all_ops=self._seen_all)
+        lost = self.tracer.set_detail(self.slot, detail, self.target.symbols)
         self.problems = [p for p in self.problems if not p.startswith(("uprobe", "uretprobe"))] + lost
         for sentence in set(lost) - self._warned:
             log.warning("process %d: %s", self.target.pid, sentence)
@@ -201,8 +189,6 @@ class Session:
             self._weights[address] = (number, data)
             mapped = any(start <= data < end for start, end, _, _ in self._ranges)
             (self.backed if mapped else self.unbacked).add(number)
-        if self._hidden_ops != self._seen_all and self.detail >= Detail.OPS:
-            self.set_detail(self.detail)
 
     def _apply_layout(self, layout: Layout) -> None:
         slot = self.tracer.slots[self.slot : self.slot + 1]

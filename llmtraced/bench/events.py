@@ -40,7 +40,7 @@ __all__ = ["SYNTHETIC_BYTES", "run", "synthetic_model"]
 log = logging.getLogger(__name__)
 
 SYNTHETIC_BYTES: Final = 1_700_000_000
-FILE_EVENTS: Final = 1 << 19
+FILE_EVENTS: Final = 1 << 17
 """Records that the recorder keeps before it writes a file under load (recorder._BUFFERED_EVENTS)."""
 TARGETS: Final = {
     "ring_events_per_s": (">=", 20e6),

@@ -11,8 +11,15 @@ POINTS = (
     Uprobe("on_graph", "ggml_graph_compute", "no token clock: all rows have token 0", Detail.FAULTS),
     Uprobe("on_graph_return", "ggml_graph_compute", "tokens have no end", Detail.FAULTS, on_return=True),
     Uprobe("on_get_rows", "ggml_compute_forward_get_rows", "the experts chosen are not recorded", Detail.OPS),
-    Uprobe("on_any_op", "ggml_cpu_extra_compute_forward", "only mul_mat is seen, and not repacked", Detail.FULL),
-    # One of the two ways to see mul_mat: by its own symbol, or among all operators where weights are repacked.
+    # Two ways to see operators. The first sees all, repacked weights and merged experts too, for one trap each; where a
+    # build lacks it, mul_mat by its own symbol, for a trap on entry and a dearer one on return.
+    Uprobe(
+        "on_any_op",
+        "ggml_cpu_extra_compute_forward",
+        "only mul_mat is seen, and not repacked",
+        Detail.OPS,
+        instead_of_ops=True,
+    ),
     Uprobe("on_mul_mat", "ggml_compute_forward_mul_mat", "matrix multiplications are not recorded", Detail.OPS),
     Uprobe("on_mul_mat_return", "ggml_compute_forward_mul_mat", "they have no duration", Detail.OPS, on_return=True),
 )

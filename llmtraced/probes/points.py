@@ -46,6 +46,7 @@ class Uprobe:
     lost: str
     detail: Detail
     on_return: bool = False
+    instead_of_ops: bool = False  # where a build has it, it takes the place of the probes on single operators
 
     @property
     def required(self) -> bool:

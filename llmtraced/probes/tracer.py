@@ -83,7 +83,7 @@ class Tracer:
         shape = (self._cpus, SLOTS, EPOCHS, len(Probe))
         self._accounts = kernel.map_array(maps["accounts"], ACCOUNT, int(np.prod(shape))).reshape(shape)
         self._kernel_fds: list[int] = []
-        self._process_fds: dict[int, list[int]] = {}
+        self._process_fds: dict[int, dict[str, int]] = {}
         self._uprobes: dict[int, dict[str, Symbol]] = {}
         self._slot_pids: dict[int, int] = {}
         self._aliases = kernel.map_array(maps["aliases"], BOUND, SLOTS * loader.FILES).reshape(SLOTS, loader.FILES)
@@ -127,9 +127,10 @@ class Tracer:
 
     def detach(self) -> None:
         """Detach from everything; what is in the ring can still be read."""
-        for fds in (self._kernel_fds, *self._process_fds.values()):
-            for fd in fds:
-                os.close(fd)
+        for fd in [*self._kernel_fds, *(fd for fds in self._process_fds.values() for fd in fds.values())]:
+            os.close(fd)
+        self._kernel_fds.clear()
+        for fds in self._process_fds.values():
             fds.clear()
         self.attached.clear()
 
@@ -157,14 +158,14 @@ class Tracer:
         self.slots["phase"][slot] = int(phase)
         self.slots["process"][slot] = pid
         self._slot_pids[slot] = pid
-        self._process_fds[slot] = []
+        self._process_fds[slot] = {}
         self._uprobes[slot] = {}
         kernel.map_update(self.programs.maps["targets"], struct.pack("<I", pid), struct.pack("<I", slot))
         return slot
 
     def remove_process(self, slot: int) -> None:
         """Stop tracing a process; its slot is free once its last events have been read (:meth:`free`)."""
-        for fd in self._process_fds.pop(slot, []):
+        for fd in self._process_fds.pop(slot, {}).values():
             os.close(fd)
         kernel.map_delete(self.programs.maps["targets"], struct.pack("<I", self._slot_pids[slot]))
         for file in [f for f, owner in self._file_slots.items() if owner == slot]:
@@ -181,35 +182,31 @@ class Tracer:
         if not self._slot_pids:
             self.detach()  # nothing to trace costs nothing
 
-    def set_detail(self, slot: int, detail: Detail, symbols: Mapping[str, Symbol], *, all_ops: bool) -> list[str]:
+    def set_detail(self, slot: int, detail: Detail, symbols: Mapping[str, Symbol]) -> list[str]:
         """Attach to, or detach from, the process's ggml so that ``detail`` is recorded.
+
+        What stays attached is not touched: taking a probe away takes the kernel some 100 ms, in which tokens pass.
 
         Args:
             slot: of the process.
             detail: the dial.
             symbols: ggml's functions in the process.
-            all_ops: see matrix multiplications among all operators (repacked weights pass by their own symbol).
 
         Returns:
             What is lost for want of symbols or permission, a sentence each; empty if all could be attached.
         """
         wanted = [p for p in PROCESS_POINTS if p.detail <= detail]
-        see_all = "ggml_cpu_extra_compute_forward" in symbols and (all_ops or detail == Detail.FULL)
-        if see_all:
-            wanted = [p for p in PROCESS_POINTS if p.detail <= Detail.FULL and not p.program.startswith("on_mul_mat")]
-            if detail < Detail.OPS:
-                wanted = [p for p in wanted if p.detail <= detail]
-        for fd in self._process_fds[slot]:
-            os.close(fd)
-        self._process_fds[slot].clear()
-        self._uprobes[slot].clear()
+        if any(p.instead_of_ops and p.symbol in symbols for p in wanted):  # one that sees all, and needs no return
+            wanted = [p for p in wanted if not p.program.startswith("on_mul_mat")]
+        else:
+            wanted = [p for p in wanted if not p.instead_of_ops]
+        attached = self._process_fds[slot]
+        for name in [n for n in attached if n not in {str(p) for p in wanted}]:
+            os.close(attached.pop(name))
+            del self._uprobes[slot][name]
         self.slots["detail"][slot] = int(detail)
-        lost: list[str] = []
-        for point in wanted:
-            error = self._attach_uprobe(slot, point, symbols)
-            if error:
-                lost.append(error)
-        return lost
+        errors = [self._attach_uprobe(slot, point, symbols) for point in wanted if str(point) not in attached]
+        return [error for error in errors if error]
 
     def _attach_uprobe(self, slot: int, point: Uprobe, symbols: Mapping[str, Symbol]) -> str | None:
         symbol = symbols.get(point.symbol)
@@ -226,7 +223,7 @@ class Tracer:
             )
         except LlmtracedError as error:
             return f"{error}; {point.lost}"
-        self._process_fds[slot].append(fd)
+        self._process_fds[slot][str(point)] = fd
         self._uprobes[slot][str(point)] = symbol
         return None
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -103,6 +104,30 @@ def test_the_sequence_of_weights_is_the_graphs(gemma: Path, tmp_path: Path, repa
     assert bool(session.unbacked) == repack
     backed = table(trace, "tensors")
     assert (backed["backed"] == False).sum() == len(session.unbacked)  # noqa: E712
+
+
+def test_no_token_is_missed_from_the_first_on(gemma: Path, tmp_path: Path) -> None:
+    """The layout is learned while tokens pass; all are counted, and once it is known each has all its operators."""
+    n = 61
+    capture = Capture(tmp_path / "trace", Detail.OPS, flush_seconds=60)
+    with Server(gemma, threads=1, ctx=512) as server:  # with repacked weights
+        capture.attach(server.pid)
+        step_for(capture, 0.3)
+        client = threading.Thread(target=server.completion, args=([10, 11, 12], n))
+        client.start()
+        while client.is_alive():
+            capture.step()
+        client.join()
+        step_for(capture, 0.5)
+    capture.close()
+    tokens = table(tmp_path / "trace", "tokens").filter(pl.col("token") > 0)
+    assert tokens.height == n
+    assert tokens["end_ns"].null_count() == 0
+    ops = table(tmp_path / "trace", "ops").filter(pl.col("tensor_name").is_not_null() & (pl.col("op") == "mul_mat"))
+    per_token = dict(ops.group_by("token").len().iter_rows())
+    complete = [token for token, count in per_token.items() if count == 18 * 7 + 1]
+    assert min(complete) <= 20  # some tokens pass until the graph has been read
+    assert sorted(complete)[-(n - 20) :] == list(range(21, n + 1))
 
 
 def test_all_that_is_read_from_the_first_byte_on(gemma: Path, tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_uprobes_on_functions_with_a_landing_pad_are_cheap_and_exact(tmp_path: P
         assert child.stdout
         slot = tracer.add_process(child.pid, Phase.UNKNOWN)
         symbols = {"ggml_graph_compute": targets.Symbol(str(program), offset)}
-        lost = tracer.set_detail(slot, Detail.FAULTS, symbols, all_ops=False)
+        lost = tracer.set_detail(slot, Detail.FAULTS, symbols)
         child.stdin.write("\n")
         child.stdin.flush()
         assert child.stdout.readline() == "997\n"

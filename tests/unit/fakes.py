@@ -82,7 +82,7 @@ class FakeTracer:
         self.totals: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
         self.window: dict[int, list[tuple[int, int, int, int]]] = {}
         self.ring_batches: list[NDArray[Any]] = []
-        self.detail: dict[int, tuple[Detail, bool]] = {}
+        self.detail: dict[int, Detail] = {}
         self.lost: list[str] = []
         self.removed: list[int] = []
         self.freed: list[int] = []
@@ -96,7 +96,7 @@ class FakeTracer:
 
     def add_process(self, pid: int, phase: Phase) -> int:
         slot = next(n for n in range(SLOTS) if n not in self.detail)
-        self.detail[slot] = Detail.FAULTS, False
+        self.detail[slot] = Detail.FAULTS
         return slot
 
     def remove_process(self, slot: int) -> None:
@@ -118,8 +118,8 @@ class FakeTracer:
     def set_ranges(self, slot: int, ranges: list[tuple[int, int, int, int]]) -> None:
         self.window[slot] = ranges
 
-    def set_detail(self, slot: int, detail: Detail, symbols: object, *, all_ops: bool) -> list[str]:
-        self.detail[slot] = detail, all_ops
+    def set_detail(self, slot: int, detail: Detail, symbols: object) -> list[str]:
+        self.detail[slot] = detail
         return list(self.lost)
 
     def uprobes(self, slot: int) -> dict[str, object]:

@@ -377,21 +377,6 @@ DENSE = model([t for t in MOE.tensors if not t.n_experts])
 REPACKED = {n: 0x7D00_0000_0000 + i * 4096 for i, n in enumerate(SHAPES) if "attn_q" in n}
 
 
-@pytest.mark.parametrize(
-    ("of", "data", "all_ops"),
-    [(DENSE, {}, False), (DENSE, REPACKED, True), (MOE, {}, True), (MOE, REPACKED, True)],
-    ids=["dense", "dense, repacked", "experts", "experts, repacked"],
-)
-def test_the_first_graph_tells_where_operators_are_seen(
-    recorder: Recorder, tracer: FakeTracer, memory: Memory, of: Model, data: dict[str, int], all_ops: bool
-) -> None:
-    """Multiplications of repacked weights, and of experts, do not pass by mul_mat's own symbol."""
-    session = add(recorder, None, of=of)
-    assert tracer.detail[0] == (Detail.OPS, False)
-    session.take(events(mark(moe(memory, data), 1)))
-    assert tracer.detail[0] == (Detail.OPS, all_ops)
-
-
 def test_weights_that_are_computed_with_from_elsewhere(recorder: Recorder, memory: Memory, tmp_path: Path) -> None:
     session = add(recorder, tmp_path, of=MOE)
     session.take(events(mark(moe(memory, REPACKED), 1)))
@@ -435,7 +420,7 @@ def test_what_cannot_be_attached_is_a_problem_once(recorder: Recorder, tracer: F
     session = add(recorder, None)
     session.set_detail(Detail.FULL)
     assert session.problems == tracer.lost
-    assert tracer.detail[0] == (Detail.FULL, False)
+    assert tracer.detail[0] == Detail.FULL
     tracer.lost = []
     session.set_detail(Detail.FAULTS)
     assert session.problems == []
