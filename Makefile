@@ -21,7 +21,7 @@ install: system $(VENV)/.installed ## the program and its development tools, in 
 system:
 	@missing=""; \
 	test -e /usr/lib/python3/dist-packages/bcc/__init__.py || $(PYTHON) -c 'import bcc' 2>/dev/null || missing="$$missing python3-bpfcc"; \
-	ls -d /usr/src/linux-headers-* /usr/src/kernels/* /lib/modules/$$(uname -r)/build >/dev/null 2>&1 || missing="$$missing linux-headers"; \
+	ls -d /usr/src/linux-headers-* /usr/src/kernels/* /lib/modules/$$(uname -r)/build 2>/dev/null | grep -q . || missing="$$missing linux-headers"; \
 	for tool in cmake g++ $(CLANG_FORMAT); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	missing=$${missing/g++/g++ make}; \
