@@ -28,7 +28,6 @@ __all__ = [
     "ModelFile",
     "Symbol",
     "Target",
-    "find_symbol",
     "find_target",
     "from_arguments",
     "gguf_arguments",
@@ -387,8 +386,3 @@ def operator_names(target: Target, read: Callable[[int, int], bytes]) -> dict[in
             continue
         return dict(enumerate(names))
     return {}
-
-
-def find_symbol(target: Target, name: str) -> Symbol | None:
-    """Return where ``name`` is in the target, or None if this build does not have it."""
-    return target.symbols.get(name)

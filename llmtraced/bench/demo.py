@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from llmtraced.bench.engine import Server, default_cache_dir, ensure_gemma, ensure_llama_server, free_port
+from llmtraced.bench.engine import Server, default_cache_dir, ensure_gemma, ensure_llama_server, free_port, stop
 from llmtraced.bench.pressure import MemoryCgroup, drop_cache, read_ahead_file
 from llmtraced.errors import USAGE, LlmtracedError
 
@@ -77,13 +76,7 @@ def _daemon(trace: Path, port: int, log_file: Path) -> Iterator[subprocess.Popen
                 time.sleep(0.1)
         yield child
     finally:
-        if child.poll() is None:
-            child.send_signal(signal.SIGTERM)
-        try:
-            child.wait(_READY_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        stop(child, _READY_SECONDS)
 
 
 def _get(port: int, path: str) -> str:

@@ -198,8 +198,6 @@ class Tracer:
         wanted = [p for p in PROCESS_POINTS if p.detail <= detail]
         if any(p.instead_of_ops and p.symbol in symbols for p in wanted):  # one that sees all, and needs no return
             wanted = [p for p in wanted if not p.program.startswith("on_mul_mat")]
-        else:
-            wanted = [p for p in wanted if not p.instead_of_ops]
         attached = self._process_fds[slot]
         for name in [n for n in attached if n not in {str(p) for p in wanted}]:
             os.close(attached.pop(name))

@@ -332,3 +332,20 @@ def test_uprobes_on_functions_with_a_landing_pad_are_cheap_and_exact(tmp_path: P
     assert not lost
     assert seen == 997
     assert records == 2 * 997
+
+
+def test_what_a_build_without_the_hook_for_all_operators_loses_is_said(tmp_path: Path) -> None:
+    """mul_mat by its own symbol is seen then; that repacked weights and experts are not, is not kept quiet."""
+    libc = next(m.path for m in targets.maps(os.getpid()) if "/libc.so" in m.path or "/libc-" in m.path)
+    symbol = targets.Symbol(libc, elf.functions(libc, b"getpid")["getpid"])
+    symbols = dict.fromkeys(
+        ("ggml_graph_compute", "ggml_compute_forward_get_rows", "ggml_compute_forward_mul_mat"), symbol
+    )
+    tracer = Tracer()
+    slot = tracer.add_process(os.getpid(), Phase.UNKNOWN)
+    lost = tracer.set_detail(slot, Detail.OPS, symbols)
+    attached = set(tracer.uprobes(slot))
+    tracer.close()
+    assert {"uprobe ggml_compute_forward_mul_mat", "uretprobe ggml_compute_forward_mul_mat"} <= attached
+    assert len(lost) == 1
+    assert "only mul_mat is seen, and not repacked" in lost[0]
