@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from llmtraced.errors import printable
-from llmtraced.reporters.plots import _drawn, _figure
+from llmtraced.reporters.plots import canvas, drawn
 from llmtraced.reporters.text import Column, Style, size, table
 
 __all__ = ["plot_events", "plot_overhead", "render_events", "render_overhead"]
@@ -91,7 +91,7 @@ def render_overhead(report: Mapping[str, Any], style: Style) -> str:
 
 def plot_events(report: Mapping[str, Any], picture: str) -> bytes:
     """Draw the rates (logarithmic) with every round, and the bytes a fault takes."""
-    figure = _figure(height=3.6)
+    figure = canvas(height=3.6)
     left, right = figure.subplots(1, 2, width_ratios=[2, 1])
     for i, (name, label) in enumerate(_WAYS.items()):
         rates = report["rounds"][name]
@@ -107,13 +107,13 @@ def plot_events(report: Mapping[str, Any], picture: str) -> bytes:
     right.bar(list(by_pattern), list(by_pattern.values()), color=_COLOURS[0])
     right.axhline(8, color=_COLOURS[1], linewidth=1)
     right.set_ylabel("bytes a fault on disk")
-    return _drawn(figure, picture)
+    return drawn(figure, picture)
 
 
 def plot_overhead(report: Mapping[str, Any], picture: str) -> bytes:
     """Draw each pair's ratio, by condition and level of detail."""
     conditions: Sequence[Mapping[str, Any]] = report["conditions"]
-    figure = _figure(height=4)
+    figure = canvas(height=4)
     for axes, condition in zip(figure.subplots(1, len(conditions), squeeze=False)[0], conditions, strict=True):
         for i, found in enumerate(condition["details"].values()):
             values = found["ratio"]["values"]
@@ -123,7 +123,7 @@ def plot_overhead(report: Mapping[str, Any], picture: str) -> bytes:
         axes.set_xticks(range(len(condition["details"])), list(condition["details"]))
         axes.set_title(f"memory pressure {condition['pressure']}", loc="left", fontsize=10)
         axes.set_ylabel("tokens/s with tracing : without")
-    return _drawn(figure, picture)
+    return drawn(figure, picture)
 
 
 def _millions(name: str) -> Column:

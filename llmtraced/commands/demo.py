@@ -28,15 +28,17 @@ def run(args: argparse.Namespace) -> int:
     from llmtraced.analysis.trace import open_trace
     from llmtraced.bench.demo import tell
     from llmtraced.errors import printable
+    from llmtraced.reporters import reread as show_reread
     from llmtraced.reporters import text
+    from llmtraced.reporters import tokens as show_tokens
 
     story = tell(args.output, n_predict=args.n_predict)
     trace = open_trace(story.trace, story.session)
     style = text.Style(shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty())
     for prompt, answer in story.texts:
         print(f"\n{prompt} … {printable(answer, 2000)}")
-    print(f"\n{text.render_reread(reread(trace), 10, style)}")
-    print(text.render_tokens(tokens(trace), 12, style))
+    print(f"\n{show_reread.render(reread(trace), 10, style)}")
+    print(show_tokens.render(tokens(trace), 12, style))
     ahead = f", readahead {story.read_ahead_kb} KB" if story.read_ahead_kb is not None else ""
     print(
         f"{story.tokens_per_second:.2f} tokens/s with {story.limit_bytes / 1e6:.0f} MB "
