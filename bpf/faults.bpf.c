@@ -165,12 +165,13 @@ INLINE int fault_ends(struct bpf_perf_event_data *ctx, u8 outcome) {
     return 0;
 }
 
-int on_fault_user(struct tracepoint__exceptions__page_fault_user *args) {
-    return fault_begins(args->address);
+// page_fault_user(unsigned long address, struct pt_regs *, unsigned long error_code), page_fault_kernel likewise
+int on_fault_user(struct bpf_raw_tracepoint_args *ctx) {
+    return fault_begins(ctx->args[0]);
 }
 
-int on_fault_kernel(struct tracepoint__exceptions__page_fault_kernel *args) {
-    return fault_begins(args->address);
+int on_fault_kernel(struct bpf_raw_tracepoint_args *ctx) {
+    return fault_begins(ctx->args[0]);
 }
 
 int on_minor_fault(struct bpf_perf_event_data *ctx) {

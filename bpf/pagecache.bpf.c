@@ -1,5 +1,8 @@
 // Pages of model files that come into and go out of the page cache, and reads through it, by whichever process.
 //
+// Raw tracepoints hand over the kernel's own structures, for a third of what a tracepoint's record costs; where their
+// fields lie (LT_FOLIO_*, LT_MAPPING_*, LT_INODE_*, LT_SB_*) comes from the kernel's BTF (llmtraced/probes/btf.py).
+//
 // Adds and evictions of consecutive pages in one context become one record (a run): a readahead of 8 MB is 2,048
 // events but a few records. Under pressure a token can move 10^5 pages, so what is done for each must be next to
 // nothing: a page that continues its CPU's run is a comparison and an addition, and all else (cause, totals, account,
@@ -10,9 +13,8 @@
 
 struct run {
     // What a page must have to continue the run.
-    u64 next; // page index; NONE: nothing continues it
-    u64 ino;
-    u64 dev;
+    u64 next;    // page index; NONE: nothing continues it
+    u64 mapping; // the file's struct address_space, which stays while a target has the file mapped
     u64 task;
     u64 wanted; // the page that the thread's fault is about has a cause of its own; NONE: no such page
     u64 last;   // jiffies at the last page
@@ -22,7 +24,8 @@ struct run {
     // What else the record and the totals need.
     u64 first; // page index
     u64 ts;
-    u32 file, segment; // the segment that was counted in last, and its page indices: a cache of find_bound
+    u32 file, segment; // the segment that was counted in last, and its page indices: a cache of find_bound,
+    u64 segment_base;  // good for the file whose segments begin here
     u64 segment_start, segment_end;
     u64 comm[2];
     u64 index, left; // used by total(): here and not in registers, whose every value the verifier follows
@@ -138,8 +141,18 @@ INLINE void total(struct run *run, struct model_file *file, u8 kind) {
         __sync_fetch_and_add(unplaced, run->left);
 }
 
-INLINE struct model_file *find_file(u64 dev, u64 ino, u32 *target, u32 *number) {
-    struct file_id id = {.ino = ino, .dev = dev};
+#define READ_KERNEL(to, from) bpf_probe_read_kernel(&(to), sizeof(to), (void *)(from))
+
+// The model that a struct address_space is of, by device and inode number.
+INLINE struct model_file *find_file(u64 mapping, u32 *target, u32 *number) {
+    struct file_id id = {};
+    u64 inode = 0, sb = 0;
+    u32 dev = 0;
+    READ_KERNEL(inode, mapping + LT_MAPPING_HOST);
+    READ_KERNEL(id.ino, inode + LT_INODE_INO);
+    READ_KERNEL(sb, inode + LT_INODE_SB);
+    READ_KERNEL(dev, sb + LT_SB_DEV);
+    id.dev = dev;
     u32 *found = file_ids.lookup(&id);
     if (!found)
         return 0;
@@ -153,19 +166,19 @@ INLINE struct model_file *find_file(u64 dev, u64 ino, u32 *target, u32 *number) 
     return files.lookup(number);
 }
 
-INLINE void begin_run(struct run *run, u64 dev, u64 ino, u64 index, u64 pages, u64 task) {
+INLINE void begin_run(struct run *run, u64 mapping, u64 index, u64 pages, u64 task) {
     u32 file_no = 0, *target = current_slot_no();
-    struct model_file *file = find_file(dev, ino, target, &file_no);
+    struct model_file *file = find_file(mapping, target, &file_no);
     if (!file)
         return;
     u32 slot_no = file->slot; // whose model it is; processes that share it have each their own number for it
     struct slot *slot = slots.lookup(&slot_no);
     if (!slot)
         return;
-    if (run->file != file_no || run->ino != ino || run->dev != dev)
+    if (run->mapping != mapping || run->segment_base != file->page_base)
         run->segment_start = run->segment_end = 0;
-    run->ino = ino;
-    run->dev = dev;
+    run->mapping = mapping;
+    run->segment_base = file->page_base;
     run->task = task;
     run->first = index;
     run->pages = pages;
@@ -204,19 +217,29 @@ INLINE void end_run(struct run *run, u8 kind) {
     run->pages = 0;
 }
 
-INLINE int page_cache_changes(u64 dev, u64 ino, u64 index, u32 order, u8 kind) {
+INLINE int page_cache_changes(u64 folio, u8 kind) {
     u32 which = kind == KIND_ADD ? 0 : 1;
     struct run *run = runs.lookup(&which);
-    if (!run)
+    u64 head[LT_FOLIO_WORDS] = {};
+    if (!run || READ_KERNEL(head, folio + LT_FOLIO_FIRST))
         return 0;
+#define HEAD(field) head[(field - LT_FOLIO_FIRST) / 8]
+    u64 mapping = HEAD(LT_FOLIO_MAPPING), index = HEAD(LT_FOLIO_INDEX), pages = 1, now = bpf_jiffies64();
+#ifdef LT_FOLIO_ORDER
+    if (HEAD(LT_FOLIO_FLAGS) >> LT_PG_HEAD & 1) {
+        u8 order = 0;
+        READ_KERNEL(order, folio + LT_FOLIO_ORDER);
+        pages = 1ULL << (order & 31);
+    }
+#endif
     run->busy = 1; // on_flush may come by interrupt
-    u64 pages = 1ULL << (order & 31), task = bpf_get_current_pid_tgid(), now = bpf_jiffies64();
+    u64 task = bpf_get_current_pid_tgid();
     if (run->pages) {
         u32 slot_no = run->slot;
         struct slot *slot = slots.lookup(&slot_no);
-        if (run->next == index && run->ino == ino && run->dev == dev && run->task == task &&
-            run->wanted - index >= pages && run->pages < RUN_PAGES && now - run->last < RUN_GAP_JIFFIES && slot &&
-            run->token == (u32)slot->token && run->mark >> 4 == current_epoch()) {
+        if (run->next == index && run->mapping == mapping && run->task == task && run->wanted - index >= pages &&
+            run->pages < RUN_PAGES && now - run->last < RUN_GAP_JIFFIES && slot && run->token == (u32)slot->token &&
+            run->mark >> 4 == current_epoch()) {
             run->next = index + pages;
             run->pages += pages;
             run->last = now;
@@ -225,18 +248,19 @@ INLINE int page_cache_changes(u64 dev, u64 ino, u64 index, u32 order, u8 kind) {
         }
         end_run(run, kind);
     }
-    begin_run(run, dev, ino, index, pages, task);
+    begin_run(run, mapping, index, pages, task);
     run->last = now;
     run->busy = 0;
     return 0;
 }
 
-int on_add(struct tracepoint__filemap__mm_filemap_add_to_page_cache *args) {
-    return page_cache_changes(args->s_dev, args->i_ino, args->index, LT_ADD_ORDER, KIND_ADD);
+// mm_filemap_add_to_page_cache(struct folio *), mm_filemap_delete_from_page_cache(struct folio *)
+int on_add(struct bpf_raw_tracepoint_args *ctx) {
+    return page_cache_changes(ctx->args[0], KIND_ADD);
 }
 
-int on_evict(struct tracepoint__filemap__mm_filemap_delete_from_page_cache *args) {
-    return page_cache_changes(args->s_dev, args->i_ino, args->index, LT_EVICT_ORDER, KIND_EVICT);
+int on_evict(struct bpf_raw_tracepoint_args *ctx) {
+    return page_cache_changes(ctx->args[0], KIND_EVICT);
 }
 
 // Run on one CPU by user space. Returns how many runs were busy, to be asked for again.
@@ -256,7 +280,6 @@ int on_flush(struct bpf_raw_tracepoint_args *ctx) {
     return busy;
 }
 
-#ifdef LT_HAVE_GET_PAGES
 // A buffered read asks for pages [index, last] in several rounds, each beginning further on: one record for each read.
 struct reading {
     u64 index;
@@ -265,14 +288,15 @@ struct reading {
 };
 BPF_TABLE("lru_hash", u32, struct reading, reading, LT_THREADS);
 
-int on_read(struct tracepoint__filemap__mm_filemap_get_pages *args) {
+// mm_filemap_get_pages(struct address_space *, pgoff_t index, pgoff_t last_index)
+int on_read(struct bpf_raw_tracepoint_args *ctx) {
     u32 file_no = 0, *target = current_slot_no();
-    struct model_file *file = find_file(args->s_dev, args->i_ino, target, &file_no);
+    struct model_file *file = find_file(ctx->args[0], target, &file_no);
     if (!file)
         return 0;
     u64 task = bpf_get_current_pid_tgid();
     u32 thread = task;
-    struct reading now = {.index = args->index, .last = args->last_index, .file = file_no};
+    struct reading now = {.index = ctx->args[1], .last = ctx->args[2], .file = file_no};
     struct reading *before = reading.lookup(&thread);
     bool same = before && before->file == now.file && before->last == now.last && before->index < now.index;
     if (before)
@@ -299,4 +323,3 @@ int on_read(struct tracepoint__filemap__mm_filemap_get_pages *args) {
     submit(event);
     return 0;
 }
-#endif

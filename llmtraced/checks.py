@@ -22,7 +22,7 @@ from elftools.elf.sections import NoteSection
 from llmtraced import elf, target
 from llmtraced.cgroup import cgroup_of
 from llmtraced.errors import LlmtracedError, printable
-from llmtraced.probes import KERNEL_POINTS, PROCESS_POINTS, kernel, loader, tracefs
+from llmtraced.probes import KERNEL_POINTS, PROCESS_POINTS, kernel, loader
 from llmtraced.probes.points import SoftwareEvent, Tracepoint
 from llmtraced.probes.tracer import Tracer
 from llmtraced.requirements import IN_CONTAINER, Check, Status, all_fine, read_text, system
@@ -43,7 +43,7 @@ def run(pid: int | None = None) -> Iterator[Check]:
     for check in system():
         found[check.name] = check.status
         yield check
-    needs = [n for n in ("privileges", "architecture", "tracefs", "bpf", "headers", "bcc") if found[n] == "missing"]
+    needs = [n for n in ("privileges", "architecture", "btf", "bpf", "headers", "bcc") if found[n] == "missing"]
     tracer = None
     if needs:
         yield Check("programs", "unknown", f"not tried: needs {', '.join(needs)}")
@@ -118,7 +118,7 @@ def _attach(point: SoftwareEvent | Tracepoint, loaded: loader.Programs) -> str |
         return f"its program {point.program} was refused"
     try:
         if isinstance(point, Tracepoint):
-            os.close(kernel.open_tracepoint(tracefs.number(point.category, point.name), program, str(point)))
+            os.close(kernel.open_tracepoint(point.name, program, str(point)))
         else:
             for cpu in kernel.online_cpus():
                 os.close(kernel.open_software_event(point.config, cpu, program, str(point)))

@@ -2,7 +2,7 @@
 
 BCC compiles against ``/lib/modules/$(uname -r)/{build,source}``, or against one complete tree that the environment
 names. Where the running kernel has no headers (cloud kernels, WSL2, micro-VMs) any recent ones do, for our programs
-read no kernel struct: tracepoint arguments come from tracefs, and what uprobes read is the traced process's memory.
+use no kernel struct of theirs: where the kernel's fields lie comes from BTF, the running kernel's own description.
 :func:`find` says which to use; :func:`present` shows them to this process and its children alone, so it belongs in a
 short-lived child. docs/requirements.md has the whole story.
 """

@@ -19,7 +19,8 @@ from typing import Final, Literal
 from llmtraced import headers
 from llmtraced.cgroup import Cgroup, cgroup_of
 from llmtraced.errors import LlmtracedError, printable
-from llmtraced.probes import kernel, tracefs
+from llmtraced.probes import btf as kernel_types
+from llmtraced.probes import kernel
 
 __all__ = ["IN_CONTAINER", "Check", "Status", "all_fine", "distribution", "read_text", "system"]
 
@@ -28,7 +29,7 @@ Status = Literal["ok", "missing", "degraded", "unknown"]
 # include/uapi/linux/capability.h
 _CAPABILITIES: Final = {"CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _WITHOUT: Final = {
-    "CAP_SYS_ADMIN": "no CAP_SYS_ADMIN, tracefs cannot be mounted, nor split headers of another kernel shown",
+    "CAP_SYS_ADMIN": "no CAP_SYS_ADMIN, split headers of another kernel cannot be shown to BCC",
     "CAP_SYS_PTRACE": "no CAP_SYS_PTRACE, operators and experts cannot be told, other users' processes not be seen",
 }
 _PACKAGES: Final = {
@@ -76,14 +77,12 @@ def system() -> Iterator[Check]:
     looks: Mapping[str, Callable[[], Check]] = {
         "privileges": lambda: privileges(os.geteuid(), status, read_text("/proc/self/uid_map")),
         "architecture": lambda: architecture(os.uname().machine),
-        "tracefs": mounted_tracefs,
         "perf events": lambda: perf_events(read_text(paranoid)),
         "bpf": lambda: bpf(_try_bpf(), status, read_text(lockdown)),
-        "btf": lambda: btf(Path("/sys/kernel/btf/vmlinux")),
+        "btf": btf,
         "headers": lambda: kernel_headers(headers.find, here),
         "bcc": lambda: bcc(here),
         "memory": lambda: memory(read_text("/proc/meminfo"), group),
-        "folio order": folios,
         "memory cgroups": lambda: cgroup(group),
     }
     for name, look in looks.items():
@@ -125,15 +124,6 @@ def architecture(machine: str) -> Check:
     return Check("architecture", "missing", f"{machine}; registers and system calls are known for x86_64 only")
 
 
-def mounted_tracefs() -> Check:
-    """Check for tracefs, and mount it if no one has."""
-    try:
-        found = tracefs.root()
-        return Check("tracefs", "ok", f"{found or tracefs.ensure_mounted()}" + ("" if found else " (mounted just now)"))
-    except LlmtracedError as error:
-        return Check("tracefs", "missing", str(error), "mount -t tracefs tracefs /sys/kernel/tracing")
-
-
 def perf_events(paranoid: str) -> Check:
     """Check for perf events by ``/proc/sys/kernel/perf_event_paranoid``."""
     if not paranoid:
@@ -170,20 +160,22 @@ def bpf(result: int, status: str, lockdown: str) -> Check:
     return Check("bpf", "missing", why + (" (a seccomp filter is in force)" if filtered else ""), IN_CONTAINER)
 
 
-def btf(path: Path) -> Check:
-    """Check for the kernel's own type information. Whether its absence matters is told by loading the programs."""
-    if path.is_file():
-        return Check("btf", "ok", f"{path}", required=False)
-    why = "none; the programs on the page cache need it to tell who caused an event"
-    return Check("btf", "degraded", why, "a kernel with CONFIG_DEBUG_INFO_BTF=y", required=False)
-
-
 def distribution(os_release: str) -> str:
     """Return which family of package names ``/etc/os-release`` stands for; empty if none that we know."""
     fields = dict(re.findall(r'^(ID|ID_LIKE)="?([^"\n]*)"?$', os_release, re.MULTILINE))
     words = f"{fields.get('ID', '')} {fields.get('ID_LIKE', '')}".split()
     known = {"rhel": "fedora", "centos": "fedora", "opensuse": "suse", "sles": "suse"}
     return next((known.get(w, w) for w in words if known.get(w, w) in _PACKAGES), "")
+
+
+def btf(vmlinux: Path = kernel_types.VMLINUX) -> Check:
+    """Check for the kernel's own description of its types, and that its page cache is understood."""
+    try:
+        layout = kernel_types.running(vmlinux)
+    except LlmtracedError as error:
+        return Check("btf", "missing", str(error), "a kernel with CONFIG_DEBUG_INFO_BTF=y")
+    folios = "folios of any size" if "LT_FOLIO_ORDER" in layout else "single pages"
+    return Check("btf", "ok", f"{vmlinux}; the page cache is made of {folios}")
 
 
 def kernel_headers(find: Callable[[], headers.Headers], here: str) -> Check:
@@ -227,14 +219,6 @@ def memory(meminfo: str, group: Cgroup | None) -> Check:
         text += "" if limit is None else f"; our own memory cgroup has {limit / 1e6:.0f} MB"
         return Check("memory", "degraded", text, f"leave {_ENOUGH_BYTES >> 20} MB for compiling", required=False)
     return Check("memory", "ok", text, required=False)
-
-
-def folios() -> Check:
-    """Check whether page-cache events tell how many pages they are about."""
-    if tracefs.has_field("filemap", "mm_filemap_add_to_page_cache", "order"):
-        return Check("folio order", "ok", "page-cache events carry the size of their folio", required=False)
-    why = "page-cache events carry no folio order: a large folio, if this kernel has any, counts as one page"
-    return Check("folio order", "degraded", why, "a newer kernel", required=False)
 
 
 def cgroup(group: Cgroup | None) -> Check:

@@ -37,8 +37,8 @@ __all__ = [
 _NR_PERF_EVENT_OPEN = 298
 _NR_BPF = 321
 _BPF_MAP_LOOKUP_ELEM, _BPF_MAP_UPDATE_ELEM, _BPF_MAP_DELETE_ELEM = 1, 2, 3
-_BPF_PROG_TEST_RUN, _BPF_OBJ_GET_INFO_BY_FD = 10, 15
-_PERF_TYPE_SOFTWARE, _PERF_TYPE_TRACEPOINT = 1, 2
+_BPF_PROG_TEST_RUN, _BPF_OBJ_GET_INFO_BY_FD, _BPF_RAW_TRACEPOINT_OPEN = 10, 15, 17
+_PERF_TYPE_SOFTWARE = 1
 _PERF_FLAG_FD_CLOEXEC = 8
 _PERF_EVENT_IOC_ENABLE, _PERF_EVENT_IOC_SET_BPF = 0x2400, 0x40042408
 _PERF_ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5
@@ -125,10 +125,14 @@ def _perf_event_open(attr: bytes, pid: int, cpu: int, what: str) -> int:
     buffer = ctypes.create_string_buffer(attr, _PERF_ATTR_SIZE)
     fd = int(_libc.syscall(_NR_PERF_EVENT_OPEN, buffer, pid, cpu, -1, _PERF_FLAG_FD_CLOEXEC))
     if fd < 0:
-        code = ctypes.get_errno()
-        exit_code = NO_PERMISSION if code in (errno.EPERM, errno.EACCES) else UNSUPPORTED
-        raise LlmtracedError(f"cannot attach to {what}: {os.strerror(code)}", exit_code)
+        raise _cannot_attach(what, ctypes.get_errno())
     return fd
+
+
+def _cannot_attach(what: str, code: int) -> LlmtracedError:
+    reason = "this kernel has no such point" if code == errno.ENOENT else os.strerror(code)
+    exit_code = NO_PERMISSION if code in (errno.EPERM, errno.EACCES) else UNSUPPORTED
+    return LlmtracedError(f"cannot attach to {what}: {reason}", exit_code)
 
 
 def _attr(kind: int, config: int, *, period: int = 0, config1: int = 0, config2: int = 0) -> bytes:
@@ -147,9 +151,14 @@ def _start(fd: int, program: int, what: str) -> int:
     return fd
 
 
-def open_tracepoint(number: int, program: int, what: str) -> int:
-    """Attach ``program`` to a tracepoint on all CPUs; closing the returned descriptor detaches it."""
-    return _start(_perf_event_open(_attr(_PERF_TYPE_TRACEPOINT, number, period=1), -1, 0, what), program, what)
+def open_tracepoint(name: str, program: int, what: str) -> int:
+    """Attach ``program``, of type RAW_TRACEPOINT, on all CPUs; closing the returned descriptor detaches it."""
+    text = ctypes.create_string_buffer(name.encode())
+    buffer = ctypes.create_string_buffer(struct.pack("<QI", _address(text), program), 128)
+    fd = int(_libc.syscall(_NR_BPF, _BPF_RAW_TRACEPOINT_OPEN, buffer, len(buffer)))
+    if fd < 0:
+        raise _cannot_attach(what, ctypes.get_errno())
+    return fd
 
 
 def open_software_event(config: int, cpu: int, program: int, what: str) -> int:

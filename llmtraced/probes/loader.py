@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from llmtraced import headers, schema
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
-from llmtraced.probes import tracefs
+from llmtraced.probes import btf
 
 __all__ = ["FILES", "PROGRAMS", "Programs", "Sizes", "bpf_folder", "compile_flags", "import_bcc", "load", "source"]
 
@@ -35,13 +35,13 @@ FILES: Final = 64
 """Model files (shards) that can be traced at the same time."""
 
 PROGRAMS: Final[Mapping[str, str]] = {
-    "on_fault_user": "TRACEPOINT",
-    "on_fault_kernel": "TRACEPOINT",
+    "on_fault_user": "RAW_TRACEPOINT",
+    "on_fault_kernel": "RAW_TRACEPOINT",
     "on_minor_fault": "PERF_EVENT",
     "on_major_fault": "PERF_EVENT",
-    "on_add": "TRACEPOINT",
-    "on_evict": "TRACEPOINT",
-    "on_read": "TRACEPOINT",
+    "on_add": "RAW_TRACEPOINT",
+    "on_evict": "RAW_TRACEPOINT",
+    "on_read": "RAW_TRACEPOINT",
     "on_flush": "RAW_TRACEPOINT",
     "on_graph": "KPROBE",
     "on_graph_return": "KPROBE",
@@ -126,8 +126,8 @@ def _steps(n: int) -> int:
     return max(n, 2).bit_length() + 1
 
 
-def compile_flags(sizes: Sizes, cpus: int) -> list[str]:
-    """Return the -D flags: map sizes, what this kernel's tracepoints have, and system call numbers."""
+def compile_flags(sizes: Sizes, cpus: int, layout: Mapping[str, int]) -> list[str]:
+    """Return the -D flags: map sizes, where the kernel's fields lie (``btf.kernel_layout``), system call numbers."""
     if os.uname().machine != "x86_64":
         raise LlmtracedError(f"llmtraced runs on x86_64, this is {os.uname().machine}", UNSUPPORTED)
     defines = {
@@ -145,15 +145,9 @@ def compile_flags(sizes: Sizes, cpus: int) -> list[str]:
         "LT_RUN_CHUNKS": 96,
         "LT_ROUTE_RECORDS": 2048,
         "LT_SYSCALL_OFFSET": _ORIG_AX_OFFSET,
-        # Kernels before large folios say no order: every event is one page.
-        "LT_ADD_ORDER": "args->order" if tracefs.has_field("filemap", "mm_filemap_add_to_page_cache", "order") else 0,
-        "LT_EVICT_ORDER": (
-            "args->order" if tracefs.has_field("filemap", "mm_filemap_delete_from_page_cache", "order") else 0
-        ),
+        **layout,
         **{f"SYSCALL_{name}": number for name, number in _SYSCALLS_X86_64.items()},
     }
-    if tracefs.exists("filemap", "mm_filemap_get_pages"):
-        defines["LT_HAVE_GET_PAGES"] = 1
     return [f"-D{name}={value}" for name, value in defines.items()]
 
 
@@ -198,7 +192,6 @@ def load(sizes: Sizes | None = None) -> Programs:
     sizes = sizes or Sizes()
     if os.geteuid() != 0:
         raise LlmtracedError("loading BPF programs needs root (CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN)", NO_PERMISSION)
-    tracefs.ensure_mounted()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     # A file, not a pipe: nobody reads what the verifier has to say before the child is done.
     with ours, theirs, tempfile.TemporaryFile() as said:
@@ -248,16 +241,14 @@ def _compile(sizes: Sizes) -> tuple[dict[str, int], dict[str, Any]]:
     bcc = import_bcc()
     found = headers.find()
     headers.present(found)
+    flags = compile_flags(sizes, possible_cpus(), btf.running())
     try:
-        bpf = bcc.BPF(text=source(), cflags=["-Wno-macro-redefined", *compile_flags(sizes, possible_cpus())])
+        bpf = bcc.BPF(text=source(), cflags=["-Wno-macro-redefined", *flags])
     except Exception as error:
         raise LlmtracedError(f"BCC cannot compile them ({error})", UNSUPPORTED) from error
     descriptors: dict[str, int] = {}
     refused: dict[str, str] = {}
     for name, kind in PROGRAMS.items():
-        if f"{name}(" not in source() or (name == "on_read" and not tracefs.exists("filemap", "mm_filemap_get_pages")):
-            refused[name] = "this kernel lacks its tracepoint"
-            continue
         try:
             descriptors[name] = bpf.load_func(name, getattr(bcc.BPF, kind)).fd
         except Exception as error:

@@ -11,16 +11,15 @@ __all__ = ["Point", "SoftwareEvent", "Tracepoint", "Uprobe"]
 
 @dataclass(frozen=True, slots=True)
 class Tracepoint:
-    """A kernel tracepoint ``category:name``."""
+    """A kernel tracepoint, attached raw: the program gets its arguments, no record is made."""
 
     program: str
-    category: str
     name: str
     lost: str
     required: bool = True
 
     def __str__(self) -> str:
-        return f"tracepoint {self.category}:{self.name}"
+        return f"tracepoint {self.name}"
 
 
 @dataclass(frozen=True, slots=True)

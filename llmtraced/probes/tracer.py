@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
-from llmtraced.probes import KERNEL_POINTS, PROCESS_POINTS, kernel, loader, tracefs
+from llmtraced.probes import KERNEL_POINTS, PROCESS_POINTS, kernel, loader
 from llmtraced.probes.points import SoftwareEvent, Tracepoint, Uprobe
 from llmtraced.probes.ringbuf import Ring
 from llmtraced.probes.shared import ACCOUNT, BOUND, CONFIG, COUNTER, FILE, RANGE, SLOT
@@ -111,8 +111,7 @@ class Tracer:
             try:
                 program = self._program(point.program)
                 if isinstance(point, Tracepoint):
-                    number = tracefs.number(point.category, point.name)
-                    self._kernel_fds.append(kernel.open_tracepoint(number, program, str(point)))
+                    self._kernel_fds.append(kernel.open_tracepoint(point.name, program, str(point)))
                 elif isinstance(point, SoftwareEvent):
                     for cpu in kernel.online_cpus():
                         self._kernel_fds.append(kernel.open_software_event(point.config, cpu, program, str(point)))

@@ -47,7 +47,7 @@ def user(small_model: Path) -> Iterator[subprocess.Popen[str]]:
 def test_everything_is_there() -> None:
     code, found, ok = check()
     assert (code, ok) == (0, True), [c for c in found.values() if c["status"] != "ok"]
-    for name in ("privileges", "tracefs", "bpf", "headers", "bcc", "programs", "ring", "flush", "uprobes"):
+    for name in ("privileges", "btf", "bpf", "headers", "bcc", "programs", "ring", "flush", "uprobes"):
         assert found[name]["status"] == "ok", found[name]
     assert {f"attach {p.program}" for p in KERNEL_POINTS} <= found.keys()
     assert all(found[f"attach {p.program}"]["status"] == "ok" for p in KERNEL_POINTS if p.required)
@@ -103,12 +103,20 @@ def test_a_machine_without_headers_and_without_bcc() -> None:
     assert found["attach on_add"]["status"] == "unknown"
 
 
-def test_a_machine_where_tracefs_is_not_mounted() -> None:
+def test_nothing_is_needed_of_tracefs() -> None:
     need(shutil.which("unshare"), "needs unshare")
     script = 'umount -R /sys/kernel/debug/tracing /sys/kernel/tracing 2>/dev/null; exec "$@"'
-    code, found, _ = check(before=["unshare", "-m", "sh", "-c", script, "sh"])
+    code, _, _ = check(before=["unshare", "-m", "sh", "-c", script, "sh"])
     assert code == 0
-    assert "mounted just now" in found["tracefs"]["detail"]
+
+
+def test_a_kernel_that_does_not_describe_its_types(tmp_path: Path) -> None:
+    need(shutil.which("unshare"), "needs unshare")
+    script = 'mount --bind /dev/null /sys/kernel/btf/vmlinux && exec "$@"'
+    code, found, _ = check(before=["unshare", "-m", "sh", "-c", script, "sh"])
+    assert (code, found["btf"]["status"]) == (4, "missing")
+    assert "BTF" in found["btf"]["detail"]
+    assert "needs btf" in found["programs"]["detail"]
 
 
 def test_a_pid_namespace_of_its_own_is_found_out() -> None:

@@ -89,8 +89,8 @@ class FakeTracer:
         self.epoch = 0
         self.unplaced = 3
         self.flushes = 0
-        self.attached = ["tracepoint exceptions:page_fault_user"]
-        self.missing = {"tracepoint filemap:mm_filemap_get_pages": ("no such", "reads")}
+        self.attached = ["tracepoint page_fault_user"]
+        self.missing = {"tracepoint mm_filemap_get_pages": ("no such", "reads")}
         self.programs = SimpleNamespace(bcc_version="0.0", compile_seconds=1.5)
         self.ring = SimpleNamespace(waiting=5, capacity=64)
 

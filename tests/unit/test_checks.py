@@ -126,7 +126,7 @@ def test_machines_that_lack_something(tmp_path: Path) -> None:
     assert requirements.architecture("aarch64").status == "missing"
     assert requirements.perf_events("").status == "missing"
     assert requirements.perf_events("4\n").status == "ok"
-    assert (requirements.btf(tmp_path / "vmlinux").status, requirements.btf(tmp_path).required) == ("degraded", False)
+    assert requirements.btf(tmp_path / "vmlinux").status == "missing"
     assert requirements.cgroup(None).status == "degraded"
 
 
@@ -141,10 +141,10 @@ def test_a_look_that_fails_does_not_keep_the_others_away(monkeypatch: pytest.Mon
     def refused() -> Check:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(requirements, "mounted_tracefs", refused)
+    monkeypatch.setattr(requirements, "btf", refused)
     monkeypatch.setattr(requirements, "bcc", lambda _here: Check("bcc", "ok", ""))
     found = {c.name: c for c in requirements.system()}
-    assert found["tracefs"].status == "unknown"
+    assert found["btf"].status == "unknown"
     assert list(found)[-1] == "memory cgroups"
 
 

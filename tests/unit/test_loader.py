@@ -12,7 +12,7 @@ import pytest
 
 from llmtraced import schema
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
-from llmtraced.probes import loader, tracefs
+from llmtraced.probes import btf, loader
 
 
 @pytest.fixture
@@ -30,7 +30,6 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
         monkeypatch.setattr(sys, "executable", str(script))
 
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(tracefs, "ensure_mounted", lambda: Path("/"))
     return becomes
 
 
@@ -60,7 +59,7 @@ def test_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_flags_fit_the_sizes() -> None:
     sizes = loader.Sizes(ring_bytes=1 << 20, bounds=1000, model_bytes=1 << 30, ranges=64)
-    flags = dict(flag.removeprefix("-D").split("=", 1) for flag in loader.compile_flags(sizes, 3))
+    flags = dict(flag.removeprefix("-D").split("=", 1) for flag in loader.compile_flags(sizes, 3, {}))
     assert int(flags["LT_RING_PAGES"]) * schema.PAGE == 1 << 20
     assert int(flags["LT_SEEN_WORDS"]) * 64 * schema.PAGE == 1 << 30
     assert 1 << int(flags["LT_PAGE_SHIFT"]) == schema.PAGE
@@ -73,8 +72,8 @@ def test_flags_fit_the_sizes() -> None:
 
 def test_every_name_that_the_sources_use_is_given() -> None:
     text = loader.source()
-    given = {flag.removeprefix("-D").split("=")[0] for flag in loader.compile_flags(loader.Sizes(), 2)}
-    given |= {"LT_HAVE_GET_PAGES"} | set(re.findall(r"#define (\w+)", text))
+    given = {flag.removeprefix("-D").split("=")[0] for flag in loader.compile_flags(loader.Sizes(), 2, btf.running())}
+    given |= set(re.findall(r"#define (\w+)", text))
     used = set(re.findall(r"\b(?:LT|SYSCALL)_\w+", re.sub(r"//[^\n]*", "", text)))
     assert used - given == set()
     assert [p for p in loader.PROGRAMS if f"{p}(" not in text] == []

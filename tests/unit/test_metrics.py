@@ -188,8 +188,8 @@ def test_exposition(recorder: Recorder) -> None:
     }
     assert {n: value(found, n) for n in own} == own
     assert value(found, "llmtraced_missed_total", program="on_add") == 2
-    assert value(found, "llmtraced_attached", point="tracepoint exceptions:page_fault_user") == 1
-    assert value(found, "llmtraced_attached", point="tracepoint filemap:mm_filemap_get_pages") == 0
+    assert value(found, "llmtraced_attached", point="tracepoint page_fault_user") == 1
+    assert value(found, "llmtraced_attached", point="tracepoint mm_filemap_get_pages") == 0
     assert 0 < value(found, "llmtraced_scrape_duration_seconds") < 5
 
 
