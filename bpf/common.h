@@ -138,12 +138,11 @@ BPF_PERCPU_ARRAY(sent, u64, 1);
 INLINE void submit(struct event *event) {
     u32 key = 0;
     u64 *n = sent.lookup(&key);
-    bool wake = n && (__sync_fetch_and_add(n, 1) & (LT_WAKE_EVENTS - 1)) == LT_WAKE_EVENTS - 1;
+    bool wake = n && (++*n & (LT_WAKE_EVENTS - 1)) == 0; // one that is lost between two programs does not matter
     ring.ringbuf_submit(event, wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 }
 
-INLINE void stamp(struct event *event, u64 ts, struct slot *slot, u32 slot_no, u32 epoch, u8 kind, u8 code) {
-    u64 task = bpf_get_current_pid_tgid();
+INLINE void stamp(struct event *event, u64 task, u64 ts, struct slot *slot, u32 slot_no, u32 epoch, u8 kind, u8 code) {
     event->ts = ts;
     event->token = slot->token;
     event->tid = task;

@@ -40,14 +40,14 @@ INLINE struct model_range *find_range(struct slot *slot, u64 address) {
     return 0;
 }
 
-INLINE void emit_fault(struct slot *slot, u32 slot_no, u64 ts, u8 outcome, u64 address, u64 latency, u64 offset,
-                       u32 file_no) {
+INLINE void emit_fault(u64 task, struct slot *slot, u32 slot_no, u64 ts, u8 outcome, u64 address, u64 latency,
+                       u64 offset, u32 file_no) {
     u32 epoch = current_epoch();
     count(slot_no, epoch, PROBE_FAULTS, 1);
     struct event *event = reserve(slot_no, epoch, PROBE_FAULTS, 1);
     if (!event)
         return;
-    stamp(event, ts, slot, slot_no, epoch, KIND_FAULT, outcome);
+    stamp(event, task, ts, slot, slot_no, epoch, KIND_FAULT, outcome);
     event->a = address;
     event->b = latency;
     event->c = offset;
@@ -92,7 +92,7 @@ INLINE int fault_begins(u64 address) {
         fault->window = slot->window;
     }
     if (fault->active)
-        emit_fault(slot, number, fault->since, OUTCOME_UNKNOWN, fault->address, NONE, fault->offset, fault->file);
+        emit_fault(task, slot, number, fault->since, OUTCOME_UNKNOWN, fault->address, NONE, fault->offset, fault->file);
     u64 now = bpf_ktime_get_ns();
     fault->since = now;
     fault->address = address;
@@ -148,7 +148,7 @@ INLINE int fault_ends(struct bpf_perf_event_data *ctx, u8 outcome) {
         if (fault->extent_end && fault->window != slot->window)
             fault->extent_start = fault->extent_end = 0;
         total_fault(fault, fault->file, fault->offset, outcome, now - fault->since);
-        emit_fault(slot, number, fault->since, outcome, address, now - fault->since, fault->offset, fault->file);
+        emit_fault(task, slot, number, fault->since, outcome, address, now - fault->since, fault->offset, fault->file);
         return 0;
     }
     // Its beginning was not seen.
@@ -161,7 +161,7 @@ INLINE int fault_ends(struct bpf_perf_event_data *ctx, u8 outcome) {
         return 0;
     u64 offset = range->offset + (address - range->start);
     total_fault(0, range->file, offset, outcome, NONE);
-    emit_fault(slot, number, bpf_ktime_get_ns(), outcome, address, NONE, offset, range->file);
+    emit_fault(task, slot, number, bpf_ktime_get_ns(), outcome, address, NONE, offset, range->file);
     return 0;
 }
 

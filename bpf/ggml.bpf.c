@@ -42,7 +42,7 @@ int on_graph(struct pt_regs *ctx) {
     struct event *event = reserve(number, epoch, PROBE_TOKENS, 1);
     if (!event)
         return 0;
-    stamp(event, now, slot, number, epoch, KIND_TOKEN, 0);
+    stamp(event, bpf_get_current_pid_tgid(), now, slot, number, epoch, KIND_TOKEN, 0);
     event->a = graph;
     event->b = (tokens & 0xffffffff) | outputs << 32;
     event->c = (u32)n_nodes;
@@ -54,32 +54,38 @@ int on_graph(struct pt_regs *ctx) {
     return 0;
 }
 
-// One operator on the thread with ith 0 of a graph evaluation, begun and not yet ended.
+// What the first thread of a graph evaluation is computing. Hit hundreds of times a token, so nothing is looked up or
+// copied twice: the operator's struct ggml_tensor is read in one go and taken apart when the operator has ended.
 struct op {
-    u64 since;
-    u64 src0, src1;
-    u64 what; // enum ggml_op | rows << 32
+    u64 since; // 0: none
+    u32 process, slot;
+    u8 tensor[LT_TENSOR_BYTES];
 };
-BPF_TABLE("lru_hash", u32, struct op, ops, LT_SLOTS * 16);
+BPF_TABLE("lru_hash", u32, struct op, ops, LT_SLOTS * 16); // thread -> its operator
+BPF_ARRAY(no_op, struct op, 1);                            // zeros, larger than a program's stack should hold
 
-INLINE void emit_op(struct slot *slot, u32 number, struct op *op, u64 duration) {
-    u32 epoch = current_epoch();
-    count(number, epoch, PROBE_OPS, 1);
-    struct event *event = reserve(number, epoch, PROBE_OPS, 1);
-    if (!event)
-        return;
-    stamp(event, op->since, slot, number, epoch, KIND_OP, 0);
-    event->a = op->src0;
-    event->b = op->src1;
-    event->c = duration;
-    event->d = op->what;
-    submit(event);
+INLINE u64 tensor_u64(struct op *op, u64 offset) {
+    return *(u64 *)(op->tensor + (offset & (LT_TENSOR_BYTES - 8)));
 }
 
-INLINE void end_op(struct slot *slot, u32 number, struct op *op, u64 now) {
+INLINE u32 tensor_op(struct op *op, struct slot *slot) {
+    return *(u32 *)(op->tensor + (slot->tensor_op & (LT_TENSOR_BYTES - 4)));
+}
+
+INLINE void end_op(u64 task, struct slot *slot, struct op *op, u64 now) {
     if (!op->since)
         return;
-    emit_op(slot, number, op, now - op->since);
+    u32 epoch = current_epoch(), number = op->slot;
+    count(number, epoch, PROBE_OPS, 1);
+    struct event *event = reserve(number, epoch, PROBE_OPS, 1);
+    if (event) {
+        stamp(event, task, op->since, slot, number, epoch, KIND_OP, 0);
+        event->a = tensor_u64(op, slot->tensor_src);
+        event->b = tensor_u64(op, slot->tensor_src + 8);
+        event->c = now - op->since;
+        event->d = tensor_op(op, slot) | tensor_u64(op, slot->tensor_ne + 8) << 32; // its rows
+        submit(event);
+    }
     op->since = 0;
 }
 
@@ -88,18 +94,18 @@ int on_graph_return(struct pt_regs *ctx) {
     struct slot *slot = current_slot(&number);
     if (!slot || !slot->graph_start)
         return 0;
-    u64 now = bpf_ktime_get_ns();
-    u32 thread = bpf_get_current_pid_tgid();
+    u64 task = bpf_get_current_pid_tgid(), now = bpf_ktime_get_ns();
+    u32 thread = task;
     struct op *last = ops.lookup(&thread);
-    if (last)
-        end_op(slot, number, last, now);
+    if (last && last->process == task >> 32)
+        end_op(task, slot, last, now);
     __sync_fetch_and_add(&slot->eval_ns, now - slot->graph_start);
     u32 epoch = current_epoch();
     count(number, epoch, PROBE_TOKENS, 1);
     struct event *event = reserve(number, epoch, PROBE_TOKENS, 1);
     if (!event)
         return 0;
-    stamp(event, now, slot, number, epoch, KIND_TOKEN_END, 0);
+    stamp(event, bpf_get_current_pid_tgid(), now, slot, number, epoch, KIND_TOKEN_END, 0);
     event->a = 0;
     event->b = now - slot->graph_start;
     event->c = 0;
@@ -110,63 +116,83 @@ int on_graph_return(struct pt_regs *ctx) {
 
 // Each thread of the pool calls an operator; the first (params->ith, its first field) speaks for all. That is asked
 // before anything else: the others should be gone at once.
-INLINE struct slot *first_thread(struct pt_regs *ctx, u32 *number) {
+INLINE bool first_thread(struct pt_regs *ctx) {
     s32 ith = -1;
     bpf_probe_read_user(&ith, sizeof(ith), (void *)PT_REGS_PARM1(ctx));
-    if (ith != 0)
-        return 0;
-    struct slot *slot = current_slot(number);
-    return slot && slot->layout ? slot : 0;
+    return ith == 0;
 }
 
-INLINE void begin_op(struct slot *slot, u32 thread, struct op *op, u64 dst, u64 now) {
-    u32 kind = 0;
-    u64 sources[2] = {}, rows = 0;
-    bpf_probe_read_user(&kind, sizeof(kind), (void *)(dst + slot->tensor_op));
-    if (slot->detail < DETAIL_FULL && kind != slot->op_mul_mat && kind != slot->op_mul_mat_id)
-        return;
-    bpf_probe_read_user(&sources, sizeof(sources), (void *)(dst + slot->tensor_src));
-    bpf_probe_read_user(&rows, sizeof(rows), (void *)(dst + slot->tensor_ne + 8));
-    struct op begun = {.since = now, .src0 = sources[0], .src1 = sources[1], .what = kind | rows << 32};
-    if (op)
-        *op = begun; // in its place: an update would make a new entry and throw the old one away
-    else
-        ops.update(&thread, &begun);
-}
-
-// ggml_compute_forward_mul_mat(const struct ggml_compute_params *, struct ggml_tensor *dst)
-int on_mul_mat(struct pt_regs *ctx) {
-    u32 number = 0, thread = bpf_get_current_pid_tgid();
-    struct slot *slot = first_thread(ctx, &number);
-    if (slot)
-        begin_op(slot, thread, ops.lookup(&thread), PT_REGS_PARM2(ctx), bpf_ktime_get_ns());
-    return 0;
-}
-
-int on_mul_mat_return(struct pt_regs *ctx) {
-    u32 thread = bpf_get_current_pid_tgid();
+// The thread's entry, made with its first operator; 0 if the process is not traced (any more).
+INLINE struct op *current_op(u64 task) {
+    u32 thread = task, process = task >> 32;
     struct op *op = ops.lookup(&thread);
-    if (!op || !op->since)
+    if (op && op->process == process)
+        return op;
+    u32 *number = targets.lookup(&process);
+    if (!number)
         return 0;
-    u32 number = 0;
-    struct slot *slot = current_slot(&number);
-    if (slot)
-        end_op(slot, number, op, bpf_ktime_get_ns());
-    return 0;
+    if (!op) {
+        u32 key = 0;
+        struct op *none = no_op.lookup(&key);
+        if (none)
+            ops.update(&thread, none);
+        op = ops.lookup(&thread);
+        if (!op)
+            return 0;
+    }
+    op->since = 0;
+    op->process = process;
+    op->slot = *number;
+    return op;
+}
+
+INLINE struct slot *slot_of(struct op *op) {
+    u32 number = op->slot;
+    struct slot *slot = slots.lookup(&number);
+    return slot && slot->layout && slot->process == op->process ? slot : 0;
+}
+
+INLINE void begin_op(struct slot *slot, struct op *op, u64 dst, u64 now) {
+    if (bpf_probe_read_user(op->tensor, LT_TENSOR_READ, (void *)dst))
+        return;
+    u32 kind = tensor_op(op, slot);
+    if (slot->detail >= DETAIL_FULL || kind == slot->op_mul_mat || kind == slot->op_mul_mat_id)
+        op->since = now;
 }
 
 // ggml_cpu_extra_compute_forward(params, dst), which ggml asks first for every operator, whoever computes it: one
 // probe sees them all. An operator ends where the thread's next begins, so its time includes waiting for the others.
 int on_any_op(struct pt_regs *ctx) {
-    u32 number = 0, thread = bpf_get_current_pid_tgid();
-    struct slot *slot = first_thread(ctx, &number);
+    if (!first_thread(ctx))
+        return 0;
+    u64 task = bpf_get_current_pid_tgid(), now = bpf_ktime_get_ns();
+    struct op *op = current_op(task);
+    struct slot *slot = op ? slot_of(op) : 0;
     if (!slot)
         return 0;
-    u64 now = bpf_ktime_get_ns();
+    end_op(task, slot, op, now);
+    begin_op(slot, op, PT_REGS_PARM2(ctx), now);
+    return 0;
+}
+
+// ggml_compute_forward_mul_mat(const struct ggml_compute_params *, struct ggml_tensor *dst)
+int on_mul_mat(struct pt_regs *ctx) {
+    if (!first_thread(ctx))
+        return 0;
+    struct op *op = current_op(bpf_get_current_pid_tgid());
+    struct slot *slot = op ? slot_of(op) : 0;
+    if (slot)
+        begin_op(slot, op, PT_REGS_PARM2(ctx), bpf_ktime_get_ns());
+    return 0;
+}
+
+int on_mul_mat_return(struct pt_regs *ctx) {
+    u64 task = bpf_get_current_pid_tgid();
+    u32 thread = task;
     struct op *op = ops.lookup(&thread);
-    if (op)
-        end_op(slot, number, op, now);
-    begin_op(slot, thread, op, PT_REGS_PARM2(ctx), now);
+    struct slot *slot = op && op->since && op->process == task >> 32 ? slot_of(op) : 0;
+    if (slot)
+        end_op(task, slot, op, bpf_ktime_get_ns());
     return 0;
 }
 
@@ -190,8 +216,8 @@ INLINE bool starts_with_moe(char *name, char *rest, int n) {
 // ids, ne[0] experts for each of ne[1] positions, rows nb[1] bytes apart.
 int on_get_rows(struct pt_regs *ctx) {
     u32 number = 0;
-    struct slot *slot = first_thread(ctx, &number);
-    if (!slot)
+    struct slot *slot = first_thread(ctx) ? current_slot(&number) : 0;
+    if (!slot || !slot->layout)
         return 0;
     u64 topk = 0, ne[2] = {}, nb[2] = {}, data = 0;
     char name[24] = {}, is_weights[7] = {'w', 'e', 'i', 'g', 'h', 't', 's'}, is_topk[4] = {'t', 'o', 'p', 'k'};
@@ -228,7 +254,7 @@ int on_get_rows(struct pt_regs *ctx) {
             u32 n = left < IDS_PER_RECORD ? left : IDS_PER_RECORD;
             if (n <= IDS_PER_RECORD)
                 bpf_probe_read_user(&ids, n * 4, (void *)(data + position * nb[1] + chunk * IDS_PER_RECORD * 4));
-            stamp(event, now, slot, number, epoch, KIND_ROUTE, n);
+            stamp(event, bpf_get_current_pid_tgid(), now, slot, number, epoch, KIND_ROUTE, n);
             u64 packed[3] = {};
 #pragma unroll
             for (int j = 0; j < IDS_PER_RECORD; j++)

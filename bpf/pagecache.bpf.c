@@ -313,7 +313,7 @@ int on_read(struct bpf_raw_tracepoint_args *ctx) {
     struct event *event = reserve(slot_no, epoch, PROBE_READS, 1);
     if (!event)
         return 0;
-    stamp(event, bpf_ktime_get_ns(), slot, slot_no, epoch, KIND_READ, CAUSE_READ);
+    stamp(event, task, bpf_ktime_get_ns(), slot, slot_no, epoch, KIND_READ, CAUSE_READ);
     u64 comm[2] = {};
     bpf_get_current_comm(&comm, sizeof(comm));
     event->a = now.index | (u64)file_no << 48;

@@ -19,10 +19,13 @@ from typing import Final
 
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
 
-__all__ = ["Graph", "Layout", "Node", "Weight", "derive", "memory_reader", "read_graph"]
+__all__ = ["OPERATOR_BYTES", "Graph", "Layout", "Node", "Weight", "derive", "memory_reader", "read_graph"]
 
 Reader = Callable[[int, int], bytes]
 """Reads (address, length) of the process; raises OSError where nothing is mapped."""
+
+OPERATOR_BYTES: Final = 192
+"""As much of a ``ggml_tensor`` as the programs read to tell an operator: shape, operator, first two sources."""
 
 _TENSOR_BYTES: Final = 512  # as much as is looked at; the structure is about 340 bytes
 _SOURCES: Final = 10  # GGML_MAX_SRC
@@ -184,7 +187,7 @@ def derive(read: Reader, graph: int, weights: Mapping[str, Weight]) -> Layout:
     nb = ne + 32
     op = nb + 32
     layout = Layout(4, 16, op, ne, nb, src, data_at, names_at, 0, 0)
-    if not ne < op < src < data_at < names_at:
+    if not ne < op < src <= OPERATOR_BYTES - 16 or not src < data_at < names_at:
         raise _unsupported(f"its fields are in no known order ({layout})")
     return _with_ops(read_graph(read, graph, layout, weights), layout, weights)
 

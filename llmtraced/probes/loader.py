@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from llmtraced import headers, schema
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
+from llmtraced.ggml_layout import OPERATOR_BYTES
 from llmtraced.probes import btf
 
 __all__ = ["FILES", "PROGRAMS", "Programs", "Sizes", "bpf_folder", "compile_flags", "import_bcc", "load", "source"]
@@ -144,6 +145,8 @@ def compile_flags(sizes: Sizes, cpus: int, layout: Mapping[str, int]) -> list[st
         "LT_PAGE_SHIFT": schema.PAGE.bit_length() - 1,
         "LT_RUN_CHUNKS": 96,
         "LT_ROUTE_RECORDS": 2048,
+        "LT_TENSOR_BYTES": 256,
+        "LT_TENSOR_READ": OPERATOR_BYTES,
         "LT_SYSCALL_OFFSET": _ORIG_AX_OFFSET,
         **layout,
         **{f"SYSCALL_{name}": number for name, number in _SYSCALLS_X86_64.items()},
