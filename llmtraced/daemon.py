@@ -59,11 +59,15 @@ class Daemon:
     Args:
         config: what to do.
         say: told what happens, as a dict with an ``event``: ready, begin, end, stopped.
+        pid: trace this process only.
     """
 
-    def __init__(self, config: Config, say: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+    def __init__(
+        self, config: Config, say: Callable[[dict[str, Any]], None] = lambda _: None, pid: int | None = None
+    ) -> None:
         self.config = config
         self._say = say
+        self._pid = pid
         self.detail = Detail[config.detail.upper()]
         self.tracer = Tracer(Sizes(ring_bytes=config.ring))
         self.recorder = Recorder(self.tracer, config.flush)
@@ -136,7 +140,7 @@ class Daemon:
     def _find(self) -> None:
         """Look at processes that are new, or whose address space has changed its size since the last look."""
         sizes: dict[int, bytes] = {}
-        for name in os.listdir("/proc"):
+        for name in os.listdir("/proc") if self._pid is None else [str(self._pid)]:
             if name.isdigit():
                 try:
                     with open(f"/proc/{name}/statm", "rb") as stream:

@@ -8,7 +8,6 @@ enter_command`) and its model's pages dropped before (:func:`drop_cache`), or it
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import time
@@ -17,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, USAGE, LlmtracedError, printable
+from llmtraced.errors import UNSUPPORTED, USAGE, LlmtracedError, printable
+from llmtraced.residency import resident_bytes
 
 __all__ = ["MemoryCgroup", "ReadAhead", "drop_cache", "memory_controller", "read_ahead_file", "resident_bytes"]
 
@@ -200,77 +200,6 @@ def _explain(failure: OSError, what: str) -> LlmtracedError:
 
 
 # --- the page cache of one file
-
-
-class _CachestatRange(ctypes.Structure):
-    _fields_ = (("off", ctypes.c_uint64), ("len", ctypes.c_uint64))
-
-
-class _Cachestat(ctypes.Structure):  # include/uapi/linux/mman.h
-    _fields_ = tuple((n, ctypes.c_uint64) for n in ("cache", "dirty", "writeback", "evicted", "recently_evicted"))
-
-
-_SYS_CACHESTAT: Final = 451  # the same number on every architecture
-_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
-_MINCORE_WINDOW: Final = 64 << 20
-
-
-def resident_bytes(path: Path | str) -> int:
-    """Return how many bytes of a file are in the page cache, in whole pages but at most the file's size.
-
-    Uses cachestat(2) (Linux 6.5), else mincore(2) over a mapping that is never touched. Neither reads the file.
-
-    Raises:
-        LlmtracedError: the file is neither ours nor writable for us, so the kernel will not tell (exit code 3).
-    """
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(fd).st_size
-        pages = _cachestat_pages(fd)
-        return min(size, _PAGE * (_mincore_pages(fd, size) if pages is None else pages))
-    except PermissionError as failure:
-        raise LlmtracedError(
-            f"cannot ask which pages of {printable(str(path))} are cached: {failure.strerror}; run as root or as its "
-            "owner",
-            NO_PERMISSION,
-        ) from failure
-    finally:
-        os.close(fd)
-
-
-def _cachestat_pages(fd: int) -> int | None:
-    """Return the cached pages of a file, or None where cachestat(2) is missing."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    answer = _Cachestat()
-    if libc.syscall(_SYS_CACHESTAT, fd, ctypes.byref(_CachestatRange(0, 0)), ctypes.byref(answer), 0) == 0:
-        return int(answer.cache)
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EOPNOTSUPP):
-        return None
-    raise OSError(code, os.strerror(code))
-
-
-def _mincore_pages(fd: int, size: int) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-    low_bit = bytes(n & 1 for n in range(256))
-    vector = ctypes.create_string_buffer(_MINCORE_WINDOW // _PAGE)
-    total = 0
-    for start in range(0, size, _MINCORE_WINDOW):
-        length = min(_MINCORE_WINDOW, size - start)
-        address = libc.mmap(None, length, 1, 1, fd, start)  # PROT_READ, MAP_SHARED
-        if address == ctypes.c_void_p(-1).value:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        try:
-            if libc.mincore(address, length, vector):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        finally:
-            libc.munmap(address, length)
-        total += vector.raw[: -(-length // _PAGE)].translate(low_bit).count(1)
-    return total
 
 
 def drop_cache(path: Path | str) -> int:

@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "check": "every requirement, one line each, with the remedy",
     "record": "trace a process into a folder of Parquet",
     "daemon": "find servers as they come and go, trace them, export metrics",
+    "top": "the live view: what servers wait for, now",
     "report": "answers from a trace",
     "bench": "measure this tool: event rates, overhead",
     "demo": "the whole story on a small real model, end to end",

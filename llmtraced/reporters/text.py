@@ -16,6 +16,8 @@ __all__ = [
     "Style",
     "bar",
     "bars",
+    "blocks",
+    "cut",
     "duration",
     "indented",
     "percent",
@@ -103,11 +105,11 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], style: S
     if excess > 0 and (spare := [column for column in columns if column.spare]):
         return table(rows, [column for column in columns if column is not spare[-1]], style)
     for i in sorted((i for i, column in enumerate(columns) if column.name), key=lambda i: -widths[i]):
-        cut = min(max(excess, 0), max(widths[i] - 16, 0))
-        widths[i], excess = widths[i] - cut, excess - cut
+        lost = min(max(excess, 0), max(widths[i] - 16, 0))
+        widths[i], excess = widths[i] - lost, excess - lost
     lines = [
         "  ".join(
-            _cut(cell, width).ljust(width) if column.name else cell.rjust(width)
+            cut(cell, width).ljust(width) if column.name else cell.rjust(width)
             for cell, width, column in zip(line, widths, columns, strict=True)
         ).rstrip()
         for line in cells
@@ -132,8 +134,12 @@ def profile(title: str, rows: Sequence[Mapping[str, Any]], key: str, show: Calla
     """Return one line: a block as high as each row's share of the largest, and the range."""
     values = [row[key] for row in rows]
     most = max(values) or 1
-    blocks = "".join(_HEIGHTS[round(value / most * 8)] for value in values)
-    return f"  {title:5}  {blocks}  {show(min(values))} to {show(max(values))}"
+    return f"  {title:5}  {blocks(values, most)}  {show(min(values))} to {show(max(values))}"
+
+
+def blocks(values: Sequence[float], most: float) -> str:
+    """Return one block for each value, as high as its share of ``most``; anything above zero shows."""
+    return "".join(_HEIGHTS[max(round(value / most * 8), 1) if value > 0 else 0] for value in values)
 
 
 def bars(rows: Sequence[Mapping[str, Any]], key: str) -> Column:
@@ -157,7 +163,8 @@ def three(value: float) -> str:
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
-def _cut(text: str, width: int) -> str:
+def cut(text: str, width: int) -> str:
+    """Return ``text`` without its middle where it is longer than ``width`` characters."""
     if len(text) <= width:
         return text
     left = (width - 1) // 2

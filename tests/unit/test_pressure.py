@@ -184,14 +184,6 @@ def test_readahead_without_a_device(tmp_path):
     assert caught.value.exit_code == UNSUPPORTED
 
 
-def test_resident_bytes_both_ways_agree(tmp_path):
-    path = tmp_path / "f"
-    path.write_bytes(bytes(3 * 4096 + 5))
-    assert pressure.resident_bytes(path) == 3 * 4096 + 5
-    with path.open("rb") as file:
-        assert pressure._mincore_pages(file.fileno(), 3 * 4096 + 5) == 4
-
-
 # --- the touch program
 
 
