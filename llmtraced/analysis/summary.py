@@ -8,9 +8,11 @@ from typing import Any, Final
 
 import polars as pl
 
+from llmtraced.analysis.layers import grouped
 from llmtraced.analysis.reread import TensorReads, reread
-from llmtraced.analysis.tokens import tokens
+from llmtraced.analysis.tokens import pace, per_token
 from llmtraced.analysis.trace import Trace, collect
+from llmtraced.schema import PHASES
 
 __all__ = ["summary"]
 
@@ -25,8 +27,8 @@ def summary(trace: Trace, phase: str | None = None, top: int = 10) -> dict[str, 
         phase: one of :data:`llmtraced.schema.PHASES`.
         top: how many tensors to name by bytes read, and by stall.
     """
-    reads = reread(trace, phase)
-    pace = tokens(trace, phase)
+    reads = reread(trace, phase, follow=False)
+    graphs = per_token(trace, phase)
     tensors = reads["tensors"]
     return {
         "trace": str(trace.path),
@@ -40,18 +42,14 @@ def summary(trace: Trace, phase: str | None = None, top: int = 10) -> dict[str, 
         "started": _started(trace),
         "duration_ns": 0 if trace.first_ns is None or trace.last_ns is None else trace.last_ns - trace.first_ns,
         "phase": phase,
-        "phases": [
-            {key: one[key] for key in ("phase", "graphs", "n_tokens", "tokens_per_second", "stall_share")}
-            | {"duration_ns": one["duration_ns"], "bytes_read": one["bytes_read"]}
-            for one in pace["phases"]
-        ],
+        "phases": [_pace(name, graphs) for name in PHASES if name in graphs["phase"]],
         "faults": _faults(trace, phase),
         **_pagecache(trace, phase),
         "reread": {key: reads[key] for key in ("total_bytes_read", "unique_bytes", "reread_bytes", "amplification")},
         "top_by_bytes_read": [tensor for tensor in tensors if tensor["bytes_read"]][:top],
         "top_by_stall": sorted((t for t in tensors if t["stall_ns"]), key=lambda t: -t["stall_ns"])[:top],
-        "layers": _grouped("layer", tensors),
-        "components": _grouped("component", tensors),
+        "layers": grouped(tensors, ("layer",), _GROUPED).drop("tensors").to_dicts(),
+        "components": grouped(tensors, ("component",), _GROUPED).drop("tensors").to_dicts(),
         "unbacked": _unbacked(tensors),
         "account": trace.account,
         "verdict": reads["verdict"],
@@ -65,6 +63,12 @@ def _started(trace: Trace) -> str | None:
     if trace.first_ns is None or offset is None:
         return None
     return datetime.fromtimestamp((trace.first_ns + int(offset)) / 1e9, tz=UTC).isoformat(timespec="seconds")
+
+
+def _pace(phase: str, graphs: pl.DataFrame) -> dict[str, Any]:
+    one = pace(phase, graphs.filter(pl.col("phase") == phase))
+    keys = ("phase", "graphs", "n_tokens", "tokens_per_second", "stall_share", "duration_ns", "bytes_read")
+    return {key: one[key] for key in keys}
 
 
 def _faults(trace: Trace, phase: str | None) -> dict[str, int]:
@@ -104,13 +108,6 @@ def _pagecache(trace: Trace, phase: str | None) -> dict[str, Any]:
 def _ranked(frame: pl.DataFrame, by: str) -> dict[str, int]:
     ranked = frame.group_by(pl.col(by).fill_null("?")).agg(pl.col("bytes").sum()).sort("bytes", by, descending=True)
     return {str(name): int(size) for name, size in ranked.iter_rows()}
-
-
-def _grouped(key: str, tensors: Iterable[TensorReads]) -> list[dict[str, Any]]:
-    """Return sums over the tensors by layer or component, in that order; tensors outside layers have layer None."""
-    schema = {key: pl.Int32 if key == "layer" else pl.String, **dict.fromkeys(_GROUPED, pl.Int64)}
-    frame = pl.DataFrame([{column: tensor.get(column) for column in schema} for tensor in tensors], schema=schema)
-    return frame.group_by(key).agg(pl.col(_GROUPED).sum()).sort(key, nulls_last=True).to_dicts()
 
 
 def _unbacked(tensors: Iterable[TensorReads]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What each token cost: time, stall, bytes read and why, page faults; and the spread of that per phase."""
+"""What each token cost: time and where it went, bytes read and why, page faults; and the spread of that per phase."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any, Final
 
 import polars as pl
 
+from llmtraced.analysis.stall import PARTS, WAIT_NS, stalls
 from llmtraced.analysis.trace import Trace, collect, verdict
 from llmtraced.schema import CAUSES, PHASES
 
-__all__ = ["CAUSE_BYTES", "SPREAD", "per_token", "tokens"]
+__all__ = ["CAUSE_BYTES", "SPREAD", "pace", "per_token", "tokens"]
 
 CAUSE_BYTES: Final = tuple(f"{cause}_bytes" for cause in CAUSES)
 """Columns with the bytes read by cause: ``fault_bytes``, ``readahead_bytes``, …"""
@@ -48,21 +49,24 @@ def per_token(trace: Trace, phase: str | None = None) -> pl.DataFrame:
     )
 
 
-def tokens(trace: Trace, phase: str | None = None) -> dict[str, Any]:
-    """Return the report: ``phases`` (see :func:`_spread`), ``tokens`` (the rows of :func:`per_token`), and more.
+def tokens(trace: Trace, phase: str | None = None, wait_ns: int = WAIT_NS) -> dict[str, Any]:
+    """Return the report: ``phases`` (see :func:`pace`), ``tokens``, and more.
 
+    ``tokens`` are the rows of :func:`per_token` with those of :func:`llmtraced.analysis.stall.stalls`.
     ``outside_bytes_read`` is what was read while no token was known: before the first graph, or in a phase without
-    graphs. ``tokens_per_second`` counts the time inside graphs, not idle time, sampling or the network.
+    graphs. ``tokens_per_second`` counts the time inside graphs, not idle time, sampling or the network. A minor fault
+    of ``wait_ns`` or longer is taken to have waited for a read.
     """
-    rows = per_token(trace, phase)
-    numbers = rows.lazy().select("token").unique()
-    outside = collect(_adds(trace, phase).join(numbers, on="token", how="anti").select(pl.col("bytes").sum())).item()
+    rows = per_token(trace, phase).join(stalls(trace, phase, wait_ns), on="token", how="left", maintain_order="left")
+    read = collect(_adds(trace, phase).select(pl.col("bytes").sum())).item()
+    in_tokens = rows.select(pl.sum_horizontal(CAUSE_BYTES).sum()).item()
     return {
         "session": trace.session,
         "models": trace.models,
         "phase": phase,
-        "phases": [_spread(name, rows.filter(pl.col("phase") == name)) for name in PHASES if name in rows["phase"]],
-        "outside_bytes_read": int(outside),
+        "wait_threshold_ns": wait_ns,
+        "phases": [pace(name, rows.filter(pl.col("phase") == name)) for name in PHASES if name in rows["phase"]],
+        "outside_bytes_read": int(read - in_tokens),
         "tokens": rows.to_dicts(),
         "account": trace.account,
         "verdict": verdict(trace.account),
@@ -70,21 +74,35 @@ def tokens(trace: Trace, phase: str | None = None) -> dict[str, Any]:
     }
 
 
-def _spread(phase: str, rows: pl.DataFrame) -> dict[str, Any]:
-    """Return one phase's figures: graphs, n_tokens, tokens_per_second, totals, and mean, p50, p90, p99, max of each."""
+def pace(phase: str, rows: pl.DataFrame) -> dict[str, Any]:
+    """Return one phase's figures of the rows of :func:`per_token`.
+
+    ``graphs``, ``n_tokens``, ``tokens_per_second``, ``stall_share``, ``total`` (sums), and mean, p50, p90, p99 and max
+    of each column of :data:`SPREAD`. With the columns of :func:`llmtraced.analysis.stall.stalls` these too, and
+    ``reads_in_flight`` over the whole phase.
+    """
     ended = rows.filter(pl.col("duration_ns").is_not_null())
-    stalls = ended.filter(pl.col("stall_ns").is_not_null())
+    stalled = ended.filter(pl.col("stall_ns").is_not_null())
     seconds = int(ended["duration_ns"].sum()) / 1e9
-    stallable = int(stalls["duration_ns"].sum())
+    stallable = int(stalled["duration_ns"].sum())
+    parts = PARTS if PARTS[0] in rows.columns else ()
     return {
         "phase": phase,
         "graphs": rows.height,
         "n_tokens": int(rows["n_tokens"].sum()),
         "tokens_per_second": int(ended["n_tokens"].sum()) / seconds if seconds else None,
-        "stall_share": int(stalls["stall_ns"].sum()) / stallable if stallable else None,
-        "total": {column: int(rows[column].sum()) for column in (*SPREAD, *CAUSE_BYTES)},
-        **{column: _percentiles(rows[column]) for column in SPREAD},
+        "stall_share": int(stalled["stall_ns"].sum()) / stallable if stallable else None,
+        **({"reads_in_flight": _in_flight(rows)} if parts else {}),
+        "total": {column: int(rows[column].sum()) for column in (*SPREAD, *parts, *CAUSE_BYTES)},
+        **{column: _percentiles(rows[column]) for column in (*SPREAD, *parts)},
     }
+
+
+def _in_flight(rows: pl.DataFrame) -> float | None:
+    """Return the mean number of threads that waited for a read while there was one, over all of ``rows``."""
+    time = rows["wait_ns"] + rows["hard_read_ns"]
+    total = int(time.sum())
+    return float((rows["reads_in_flight"] * time).sum()) / total if total else None
 
 
 def _percentiles(values: pl.Series) -> dict[str, float | None]:

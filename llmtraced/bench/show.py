@@ -9,7 +9,7 @@ from llmtraced.errors import printable
 from llmtraced.reporters.plots import canvas, drawn
 from llmtraced.reporters.text import Column, Style, size, table
 
-__all__ = ["plot_events", "plot_overhead", "render_events", "render_overhead"]
+__all__ = ["machine_lines", "plot_events", "plot_overhead", "render_events", "render_overhead", "target_lines"]
 
 _WAYS: Final = {
     "ring": "ring, read in batches",
@@ -29,7 +29,7 @@ def render_events(report: Mapping[str, Any], style: Style) -> str:
     ratio, settings = report["rounds"]["ratio_ring_to_bcc"], report["settings"]
     return "\n".join(
         [
-            *_machine(report),
+            *machine_lines(report),
             f"{settings['rounds']} rounds of {settings['events_per_round']:,} records, all on CPU {settings['cpu']}; "
             f"{report['verified_events']:,} records checked, none lost",
             "",
@@ -45,7 +45,7 @@ def render_events(report: Mapping[str, Any], style: Style) -> str:
                 style,
             ),
             "",
-            *_targets(report["targets"], style),
+            *target_lines(report["targets"], style),
             "",
         ]
     )
@@ -55,7 +55,7 @@ def render_overhead(report: Mapping[str, Any], style: Style) -> str:
     """Return the overhead report as text."""
     settings = report["settings"]
     lines = [
-        *_machine(report),
+        *machine_lines(report),
         f"{printable(settings['model'])} ({size(settings['model_bytes'])}), {settings['threads']} threads, "
         f"readahead {settings['read_ahead_kb']} KB",
     ]
@@ -86,7 +86,7 @@ def render_overhead(report: Mapping[str, Any], style: Style) -> str:
             f"beside an idle server for {idle['seconds']:.0f} s: {idle['recorder_cpu']:.2%} of a core "
             f"({idle['recorder_cpu_before_first_graph']:.2%} before its first graph), {size(idle['rss_bytes'])}"
         )
-    return "\n".join([*lines, "", *_targets(report["targets"], style), ""])
+    return "\n".join([*lines, "", *target_lines(report["targets"], style), ""])
 
 
 def plot_events(report: Mapping[str, Any], picture: str) -> bytes:
@@ -130,12 +130,13 @@ def _millions(name: str) -> Column:
     return Column(name, lambda row: f"{row[name] / 1e6:.2f} M")
 
 
-def _machine(report: Mapping[str, Any]) -> list[str]:
+def machine_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return what the figures were measured on."""
     m = report["machine"]
     return [f"{printable(m['cpu'])}, {m['cores']} cores, kernel {m['kernel']}, Python {m['python']}"]
 
 
-def _targets(targets: Mapping[str, Mapping[str, Any]], style: Style) -> list[str]:
+def target_lines(targets: Mapping[str, Mapping[str, Any]], style: Style) -> list[str]:
     """Return a line for each target: what it is, and where it is met."""
     lines = []
     for name, target in targets.items():

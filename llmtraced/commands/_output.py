@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from llmtraced.errors import LlmtracedError, printable
@@ -30,18 +31,25 @@ def check_output(path: Path | None, force: bool) -> None:
         raise LlmtracedError(f"{printable(str(path))}: will not overwrite: it is {what}")
 
 
-def write_output(data: bytes, path: Path | None) -> None:
-    """Write ``data`` to stdout, or under a temporary name beside ``path`` which is then renamed."""
+def write_output(data: bytes | Iterable[bytes], path: Path | None) -> None:
+    """Write ``data`` to stdout, or under a temporary name beside ``path`` which is then renamed.
+
+    Pieces are written one by one, so that a large output need not be in memory.
+    """
+    pieces = (data,) if isinstance(data, bytes) else data
     if path is None:
         sys.stdout.flush()
-        sys.stdout.buffer.write(data)
+        for piece in pieces:
+            sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
         return
     path = Path(os.path.realpath(path))  # through a symbolic link, as a shell's redirection would
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as stream:
+            stream.writelines(pieces)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise LlmtracedError(f"{printable(str(path))}: cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ __all__ = [
     "ONCE",
     "PROMPT",
     "REST",
+    "SERIES",
     "STALL",
     "TIMES",
     "area",
@@ -39,7 +40,8 @@ ONCE: Final = "#4c78a8"
 AGAIN: Final = "#e45756"
 STALL: Final = "#f58518"
 REST: Final = "#bab0ac"
-PROMPT: Final = "#e9edf2"
+SERIES: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by everyone
+PROMPT: Final = "#8a94a030"  # a tint that reads on white and on black
 _KINDS: Final = ("png", "svg")
 BYTES: Final = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 TIMES: Final = (("seconds", 1e9), ("milliseconds", 1e6), ("microseconds", 1e3))

@@ -13,6 +13,7 @@ from llmtraced.reporters.text import (
     bars,
     duration,
     percent,
+    profile,
     several,
     size,
     table,
@@ -26,7 +27,15 @@ def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     """Return the re-read report; ``top`` tensors are listed, the rest is summed up in a line."""
     tensors = [tensor for tensor in report["tensors"] if tensor["bytes_read"] or tensor["access_count"]]
     shown, rest = tensors[:top], tensors[top:]
-    lines = [style.bold(headline(report)), *trust(report, style), ""]
+    lines = [style.bold(headline(report)), *trust(report, style)]
+    if report["away_ns"]:
+        away, tokens = report["away_ns"], report["away_tokens"]
+        lines.append(
+            f"{size(report['returned_bytes'])} came back after an eviction that was seen: half of it within "
+            f"{duration(away['p50'])} ({several(tokens['p50'], 'token')}), 90% within {duration(away['p90'])} "
+            f"({several(tokens['p90'], 'token')})"
+        )
+    lines.append("")
     if shown:
         lines += table(shown, tensor_columns(shown, report["total_bytes_read"], "bytes_read"), style)
     if rest:
@@ -42,7 +51,7 @@ def render(report: Mapping[str, Any], top: int, style: Style) -> str:
         lines.append(
             f"not used from the mapped file, so not visible here: {several(len(away), 'tensor')}, {_total(away)}"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_groups(report, top, style)]) + "\n"
 
 
 def draw(report: Mapping[str, Any], picture: str, top: int = 25) -> bytes:
@@ -83,11 +92,48 @@ def tensor_columns(rows: Sequence[Mapping[str, Any]], total: int, key: str) -> l
         Column("again", lambda row: size(row["reread_bytes"])),
         Column("times", lambda row: f"{row['bytes_read'] / row['size_bytes']:.1f}" if row["size_bytes"] else "-"),
         Column("share", lambda row: percent(row["bytes_read"], total), spare=True),
+        Column("back after", lambda row: duration(row["away_ns"] and row["away_ns"]["p50"]), spare=True),
         *([bars(rows, key)] if key == "bytes_read" else []),
         Column("major", lambda row: f"{row['major_faults']:,}"),
         Column("minor", lambda row: f"{row['minor_faults']:,}", spare=True),
         Column("stall", lambda row: duration(row["stall_ns"])),
         *([bars(rows, key)] if key == "stall_ns" else []),
+    ]
+
+
+def _groups(report: Mapping[str, Any], top: int, style: Style) -> list[str]:
+    """Return the components, most read first, and how often layers and experts were read."""
+    components = sorted((row for row in report["components"] if row["bytes_read"]), key=lambda row: -row["bytes_read"])
+    lines = ["", *table(components[:top], _component_columns(components[:top]), style)] if components else []
+    layers = [_per_byte(row) for row in report["layers"] if row["layer"] is not None and row["layer"] >= 0]
+    if any(row["times"] for row in layers):
+        lines += ["", style.bold("read, times its size, by layer"), profile("layer", layers, "times", _times)]
+    experts = sorted((_per_byte(row) for row in report["experts"]), key=lambda row: -row["times"])
+    if experts and experts[0]["times"]:
+        ends = ", ".join(
+            f"{_times(row['times'])} times layer {row['layer']} expert {row['expert']}" for row in experts[:3]
+        )
+        middle = _times(experts[len(experts) // 2]["times"])
+        lines.append(f"of {several(len(experts), 'expert')}, the middle one was read {middle} times; most: {ends}")
+    return lines
+
+
+def _per_byte(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, "times": row["bytes_read"] / row["size_bytes"] if row["size_bytes"] else 0.0}
+
+
+def _times(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _component_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    return [
+        Column("component", lambda row: printable(str(row["component"])), name=True),
+        Column("size", lambda row: size(row["size_bytes"])),
+        Column("read", lambda row: size(row["bytes_read"])),
+        Column("again", lambda row: size(row["reread_bytes"])),
+        Column("times", lambda row: _times(_per_byte(row)["times"])),
+        bars(rows, "bytes_read"),
     ]
 
 

@@ -1,9 +1,11 @@
-"""What each token cost: the spread by phase, the slowest tokens, and all of them as a picture."""
+"""What each token cost and where its time went: by phase, the slowest tokens, and all of them as a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
+
+import polars as pl
 
 from llmtraced.errors import printable
 from llmtraced.reporters import plots
@@ -12,19 +14,40 @@ from llmtraced.reporters.text import (
     Style,
     bar,
     duration,
+    percent,
     several,
     size,
     table,
     three,
     trust,
 )
+from llmtraced.schema import CAUSES
 
 __all__ = ["draw", "pace", "render"]
 
+_STEPS: Final = 1500
+_PARTS: Final = {
+    "compute_ns": (plots.REST, "computing"),
+    "mapping_ns": ("#9ecae1", "mapping"),
+    "wait_ns": (plots.STALL, "waiting"),
+    "hard_read_ns": ("#7f2704", "hard reads"),
+    "unknown_ns": ("#e5e5e5", "not known"),
+}
+_WORDS: Final = {
+    "compute_ns": "with no thread in a page fault on the model: computing",
+    "mapping_ns": "mapping pages that were in memory",
+    "wait_ns": "waiting for a read already under way",
+    "hard_read_ns": "in major faults: reading from disk",
+}
+_CAUSES: Final = dict(zip(CAUSES, ("#7f2704", plots.ONCE, "#009e73", "#e69f00", "#999999"), strict=True))
 _COUNT: Final = "{:,.0f}".format
 _SPREAD: Final = (
     ("duration", "duration_ns", duration),
     ("stall", "stall_ns", duration),
+    ("compute", "compute_ns", duration),
+    ("mapping", "mapping_ns", duration),
+    ("waiting", "wait_ns", duration),
+    ("hard read", "hard_read_ns", duration),
     ("read", "bytes_read", size),
     ("major faults", "major_faults", _COUNT),
     ("minor faults", "minor_faults", _COUNT),
@@ -33,13 +56,17 @@ _SPREAD: Final = (
 
 def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     """Return the tokens report: the spread per phase, then the ``top`` slowest tokens in order of time."""
-    lines = [*trust(report, style), ""]
+    lines = [style.bold(_headline(report)), *trust(report, style), ""]
     for phase in report["phases"]:
         lines.append(style.bold(pace(phase)))
-        causes = {name.removesuffix("_bytes"): n for name, n in phase["total"].items() if name.endswith("_bytes") and n}
-        if causes:
-            lines.append("  read for: " + ", ".join(f"{cause} {size(n)}" for cause, n in causes.items()))
-        spread = [{"what": what, "show": show, **phase[key]} for what, key, show in _SPREAD]
+        if went := _went(phase):
+            lines += went
+        causes = {cause: phase["total"][f"{cause}_bytes"] for cause in CAUSES}
+        if any(causes.values()):
+            lines.append("  read for: " + ", ".join(f"{cause} {size(n)}" for cause, n in causes.items() if n))
+        spread = [
+            {"what": what, "show": show, **phase[key]} for what, key, show in _SPREAD if phase[key]["mean"] is not None
+        ]
         lines += ["  " + line for line in table(spread, _SPREAD_COLUMNS, style)] + [""]
     if report["outside_bytes_read"]:
         lines += [f"outside tokens (loading, or before the first graph): {size(report['outside_bytes_read'])} read", ""]
@@ -54,31 +81,96 @@ def render(report: Mapping[str, Any], top: int, style: Style) -> str:
 
 
 def draw(report: Mapping[str, Any], picture: str, top: int = 0) -> bytes:  # noqa: ARG001 - every token is drawn
-    """Draw each token's duration (stall and the rest) above the bytes that were read during it."""
-    rows = [row for row in report["tokens"] if row["duration_ns"] is not None]
-    figure = plots.canvas(height=5.5)
+    """Draw where each token's time went, above the bytes that were read during it, by cause."""
+    rows, each = _binned([row for row in report["tokens"] if row["duration_ns"] is not None])
+    figure = plots.canvas(height=6)
     upper, lower = figure.subplots(2, 1, sharex=True)
     at = [row["token"] for row in rows]
     scale, unit = plots.unit([row["duration_ns"] for row in rows], plots.TIMES)
-    stall = [min(row["stall_ns"] or 0, row["duration_ns"]) / scale for row in rows]
-    whole = [row["duration_ns"] / scale for row in rows]
-    plots.area(upper, at, [0.0] * len(at), stall, plots.STALL, "stalled on page faults")
-    plots.area(upper, at, stall, whole, plots.REST, "the rest")
+    whole = _stack(upper, rows, [(key, colour, what) for key, (colour, what) in _PARTS.items()], scale)
     upper.set_ylabel(f"{unit} per token")
-    upper.set_title(plots.title(report, f"{len(rows)} tokens, one graph evaluation each"), loc="left", fontsize=10)
+    many = f", each step the mean of {each}" if each > 1 else ""
+    what = f"{several(len(report['tokens']), 'token')}, one graph evaluation each{many}"
+    upper.set_title(plots.title(report, what), loc="left", fontsize=10)
     scale, unit = plots.unit([row["bytes_read"] for row in rows])
-    plots.area(lower, at, [0.0] * len(at), [row["bytes_read"] / scale for row in rows], plots.ONCE, "read from disk")
+    read = [(f"{cause}_bytes", colour, cause) for cause, colour in _CAUSES.items()]
+    read = [one for one in read if any(row[one[0]] for row in rows)] or [("bytes_read", plots.ONCE, "read from disk")]
+    bytes_read = _stack(lower, rows, read, scale)
     lower.set_ylabel(f"{unit} read per token")
     lower.set_xlabel("token (graph evaluation)")
     lower.xaxis.get_major_locator().set_params(integer=True)
-    for axes, values in ((upper, whole), (lower, [row["bytes_read"] / scale for row in rows])):
+    for axes, values in ((upper, whole), (lower, bytes_read)):
         plots.limit(axes, rows, values)
         plots.prompts(axes, rows)
+        if rows:
+            plots.legend(axes)
     if at:
-        lower.set_xlim(at[0] - 0.5, at[-1] + 0.5)
-    if rows:
-        plots.legend(upper)
+        lower.set_xlim(report["tokens"][0]["token"] - 0.5, at[-1] + 0.5)
     return plots.drawn(figure, picture)
+
+
+def _binned(rows: list[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Return at most ``_STEPS`` rows, each the mean of so many tokens; the token is the last of them."""
+    each = max(-(-len(rows) // _STEPS), 1)
+    keys = ("duration_ns", "bytes_read", *_PARTS, *(f"{cause}_bytes" for cause in _CAUSES))
+    values = {key: pl.Series([row.get(key) for row in rows], dtype=pl.Float64) for key in keys}
+    frame = pl.DataFrame({"token": [row["token"] for row in rows], "phase": [row["phase"] for row in rows], **values})
+    known = pl.sum_horizontal(key for key in _PARTS if key != "unknown_ns")
+    prompts = (pl.col("phase") == "prompt").all()
+    steps = (
+        frame.with_columns(unknown_ns=pl.col("duration_ns") - known)
+        .group_by(pl.int_range(pl.len()) // each, maintain_order=True)
+        .agg(
+            pl.col("token").last(),
+            pl.when(prompts).then(pl.lit("prompt")).otherwise(pl.col("phase").last()).first().alias("phase"),
+            pl.col(keys).fill_null(0).mean(),
+        )
+    )
+    return steps.to_dicts(), each
+
+
+def _stack(
+    axes: Any, rows: Sequence[Mapping[str, Any]], parts: Sequence[tuple[str, str, str]], scale: float
+) -> list[float]:
+    """Draw the columns on top of each other; return the heights that they reach."""
+    at, low = [row["token"] for row in rows], [0.0] * len(rows)
+    for key, colour, label in parts:
+        high = [below + row[key] / scale for below, row in zip(low, rows, strict=True)]
+        if any(row[key] for row in rows):
+            plots.area(axes, at, low, high, colour, label)
+        low = high
+    return low
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    """Return what the time of a token goes to: of decoding, or of the phase with the most graphs."""
+    phases = report["phases"]
+    if not phases:
+        return "no token was seen"
+    phase = next((one for one in phases if one["phase"] == "decode"), max(phases, key=lambda one: one["graphs"]))
+    parts = _parts(phase)
+    if not parts:
+        return f"{phase['phase']}: where the time of a token went is not known"
+    most = max(parts, key=lambda key: parts[key])
+    share = percent(parts[most], sum(parts.values()))
+    return f"{phase['phase']}: a token takes {duration(phase['duration_ns']['mean'])}, {share} of it {_WORDS[most]}"
+
+
+def _went(phase: Mapping[str, Any]) -> list[str]:
+    parts = _parts(phase)
+    if not parts:
+        return []
+    whole = sum(parts.values())
+    lines = ["  went to: " + ", ".join(f"{_PARTS[key][1]} {percent(ns, whole)}" for key, ns in parts.items())]
+    if phase["reads_in_flight"]:
+        lines.append(f"  while reading, {phase['reads_in_flight']:.1f} threads at once waited for a read on average")
+    return lines
+
+
+def _parts(phase: Mapping[str, Any]) -> dict[str, int]:
+    """Return where the time went; empty if it is not known of any token."""
+    parts = {key: phase["total"][key] for key in _WORDS}
+    return parts if any(parts.values()) else {}
 
 
 def pace(phase: Mapping[str, Any]) -> str:

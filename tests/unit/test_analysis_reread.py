@@ -35,8 +35,10 @@ def test_the_contract_field_names(trace: Builder) -> None:
     assert set(report) == {
         *("total_bytes_read", "unique_bytes", "reread_bytes", "amplification", "tensors", "account"),
         *("session", "models", "phase", "other_bytes_read", "other_reread_bytes", "verdict", "notes"),
+        *("returned_bytes", "away_ns", "away_tokens", "layers", "components", "experts"),
     }
-    assert set(report["tensors"][0]) == CONTRACT | {"model", "unique_bytes", "evicted_bytes", "backed"}
+    more = {"model", "unique_bytes", "evicted_bytes", "backed", "returned_bytes", "away_ns", "away_tokens"}
+    assert set(report["tensors"][0]) == CONTRACT | more
 
 
 def test_partial_overlaps_over_several_files(trace: Builder) -> None:
@@ -216,6 +218,6 @@ def test_folding_in_pieces_changes_nothing(trace: Builder, monkeypatch: pytest.M
     opened = open_trace(trace.path)
     whole = reread(opened)
     slices = Trace.slices
-    monkeypatch.setattr(Trace, "slices", lambda self, name, phase=None: slices(self, name, phase, rows=4))
+    monkeypatch.setattr(Trace, "slices", lambda self, name, phase=None, rows=0: slices(self, name, phase, rows=4))
     assert reread(opened) == whole
     assert (whole["total_bytes_read"], whole["unique_bytes"], whole["tensors"][0]["read_count"]) == (510, 90, 18)

@@ -82,7 +82,7 @@ def test_flags_are_kebab_case_and_reports_speak_json() -> None:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         assert [f for f in flags if not re.fullmatch(r"-[a-z]|--[a-z]+(-[a-z]+)*", f)] == []
     by_name = {p.prog.removeprefix("llmtraced "): p for p in parsers(build_parser())}
-    for name in ("check", "record", "report", "bench events", "bench overhead"):
+    for name in ("check", "record", "report", "bench events", "bench overhead", "bench query"):
         assert "--json" in by_name[name].format_help()
 
 
@@ -131,8 +131,9 @@ def said(words: list[str], code: int, capsys: Capture) -> str:
         (["record", "--pid", "1", "-o", "t", "--duration", "soon"], "not a duration: 'soon'; write it like 30s or 10m"),
         (["record", "--pid", "1", "-o", "t", "--ring", "much"], "not a size: 'much'; write it like 512M or 1.2G"),
         (["report", "everything", "t"], "invalid choice: 'everything'"),
-        (["report", "summary", "t", "--top", "0"], "'0' is not a number of rows"),
+        (["report", "summary", "t", "--top", "0"], "'0' is not 1 or more"),
         (["bench"], "BENCHMARK"),
+        (["bench", "query", "--rows", "many"], "not a number of rows: 'many'; write it like 500000, 20M or 1.5G"),
         (["daemon", "--ring", "-5"], "--ring"),
     ],
 )

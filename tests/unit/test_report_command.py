@@ -8,6 +8,7 @@ import pytest
 from test_analysis_trace import Builder
 
 from llmtraced.commands import main
+from llmtraced.reporters.questions import QUESTIONS
 from llmtraced.reporters.text import Column, Style, bar, duration, size, table
 
 EVIL = "evil\x1b]0;owned\x07\x9b31m\u202e$x_{$\n.weight"
@@ -43,7 +44,7 @@ def out(capfd: pytest.CaptureFixture[str], *words: str) -> str:
     return capfd.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["summary", "reread", "tokens"])
+@pytest.mark.parametrize("name", QUESTIONS)
 def test_every_report_as_text_and_json(folder: str, capfd: pytest.CaptureFixture[str], name: str) -> None:
     text = out(capfd, name, folder)
     assert "1 dropped (tokens)" in text
@@ -128,7 +129,7 @@ def test_plot_without_matplotlib_says_what_to_install(
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("name", ["summary", "reread", "tokens"])
+@pytest.mark.parametrize("name", QUESTIONS)
 def test_plots(folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib: pip install matplotlib")
     png, svg = tmp_path / "p.png", tmp_path / "p.svg"
@@ -144,7 +145,7 @@ def test_plots(folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], n
     assert png.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["summary", "reread", "tokens"])
+@pytest.mark.parametrize("name", QUESTIONS)
 def test_an_empty_trace_is_reported_and_drawn(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
     build = Builder(tmp_path / "trace")
     build.write("faults", [])
@@ -205,3 +206,19 @@ def test_tables_fit_the_width() -> None:
     assert narrow[1] == "blk.0.som…ame.weight  12345678"
     assert max(map(len, narrow)) <= 30
     assert "\x1b[1m" in table(rows, columns, Style(80, colour=True))[0]
+
+
+def test_an_option_of_another_report_is_refused(folder: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "tokens", folder, "--value", "stall"]) == 2
+    assert "report tokens has no option --value" in capfd.readouterr().err
+    assert json.loads(out(capfd, "heatmap", folder, "--value", "stall", "--json"))["value"] == "stall"
+    assert json.loads(out(capfd, "timeline", folder, "--small-gap", "64K", "--json"))["small_gap_limit_bytes"] == 65536
+
+
+def test_trace_events(folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    events = json.loads(out(capfd, "trace-events", folder))["traceEvents"]
+    assert [e for e in events if e["ph"] == "X"]
+    few = json.loads(out(capfd, "trace-events", folder, "--token", "2:2"))["traceEvents"]
+    assert 0 < len(few) < len(events)
+    with pytest.raises(SystemExit):
+        main(["report", "trace-events", folder, "--token", "5:2"])
