@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from llmtraced.analysis import cache, experts, heatmap, layers, pattern, reread, summary, timeline, tokens
+from llmtraced.analysis import advise, cache, experts, heatmap, layers, pattern, reread, summary, timeline, tokens
 from llmtraced.analysis.trace import Trace
+from llmtraced.reporters import advise as show_advise
 from llmtraced.reporters import cache as show_cache
 from llmtraced.reporters import experts as show_experts
 from llmtraced.reporters import heatmap as show_heatmap
@@ -94,6 +95,14 @@ QUESTIONS: Final[Mapping[str, Question]] = {
         show_summary.render,
         show_summary.draw,
         10,
+    ),
+    "advise": Question(
+        "what to do about it: does the model fit, how much memory would help, is the disk the limit",
+        lambda trace, o: advise.advise(trace, o.phase),
+        show_advise.render,
+        show_advise.draw,
+        8,
+        ("curve",),
     ),
     "reread": Question(
         "how much of each tensor was read from disk, and read again, and how soon after it had gone",
