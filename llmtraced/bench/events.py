@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from llmtraced.bench import models, patterns
 from llmtraced.bench.figures import machine, spread
 from llmtraced.bench.source import Source, words
+from llmtraced.bench.workload import lay_out
 from llmtraced.errors import FAILED, LlmtracedError
-from llmtraced.gguf_map import Model, Shard, Tensor, read_model
+from llmtraced.gguf_map import Model, read_model
 from llmtraced.probes.ringbuf import Ring
 from llmtraced.probes.tracer import Tracer
 from llmtraced.resolve import Resolver
@@ -48,25 +49,11 @@ TARGETS: Final = {
     "end_to_end_events_per_s": (">=", 2e6),
     "bytes_per_fault_event": ("<=", 8.0),
 }
-_DATA_OFFSET: Final = 96 << 10  # what a header of that many tensors takes, about
-_ALIGNMENT: Final = 32
 
 
 def synthetic_model(size_bytes: int = SYNTHETIC_BYTES) -> Model:
     """Return the tensor map of a dense model of about that size; no file is written."""
-    tensors: list[Tensor] = []
-    end = _DATA_OFFSET
-    for plan in models.tensor_plan(models.dense_preset(size_bytes)):
-        layer, component = -1, plan.name.removesuffix(".weight")
-        if component.startswith("blk."):
-            _, number, component = component.split(".", 2)
-            layer = int(number)
-        offset = -(-end // _ALIGNMENT) * _ALIGNMENT
-        shape = tuple(reversed(plan.shape))
-        tensors.append(Tensor(plan.name, offset, plan.nbytes, plan.kind.name, shape, layer, component, 0, 0, 0))
-        end = offset + plan.nbytes
-    shard = Shard(Path("synthetic.gguf"), end, _DATA_OFFSET)
-    return Model((shard,), tuple(tensors), "llama", "synthetic", {}, "0" * 32)
+    return lay_out(models.dense_preset(size_bytes))
 
 
 class _Drain:

@@ -1,7 +1,7 @@
 """The matrix: dense and mixture-of-experts models at several memory limits, the same prompt, recorded and summed up.
 
 Each cell of the matrix (model, memory level) runs once in every round, in its own memory cgroup with a server of its
-own, so that the disk's moods meet all cells alike. docs/findings.md has what came out.
+own, so that the disk's moods meet all cells alike.
 """
 
 from __future__ import annotations

@@ -2,19 +2,23 @@
 
   events     events a second: the ring read in batches and through BCC, resolved, written to Parquet; bytes a fault
   overhead   tokens a second of a real llama-server with tracing and without it, in interleaved pairs
+  query      seconds and memory of each report on a made-up trace of 100 million rows
 
-Both need root. docs/benchmarks.md says how each is measured and what the figures mean.
+The first two need root. docs/benchmarks.md says how each is measured and what the figures mean.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,21 +81,66 @@ def _overhead(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-Benchmark = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], dict[str, Any]]]
+def _query_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", metavar="N", type=_rows, default=100_000_000, help="of the trace (default 100M)")
+    parser.add_argument("--rounds", metavar="N", type=_count, default=3, help="how often each report runs (default 3)")
+    parser.add_argument(
+        "--report", metavar="NAME", action="append", help="only this report; may be given several times (default: all)"
+    )
+    parser.add_argument(
+        "--trace", metavar="FOLDER", type=Path, help="keep the trace here, and use it again (default: it is deleted)"
+    )
+    parser.add_argument(
+        "--tensors", metavar="N", type=_count, default=1000, help="of the model; fewer make more tokens (default 1000)"
+    )
+    parser.add_argument("--dense", action="store_true", help="a dense model (default: a mixture of experts)")
+
+
+def _query(args: argparse.Namespace) -> dict[str, Any]:
+    from llmtraced.bench import query
+
+    return query.run(
+        rows=args.rows,
+        reports=args.report,
+        rounds=args.rounds,
+        trace=args.trace,
+        n_tensors=args.tensors,
+        moe=not args.dense,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One benchmark.
+
+    Attributes:
+        summary: what it measures.
+        declare: adds its arguments.
+        measure: runs it.
+        shown: the module of llmtraced.bench with its render_NAME and plot_NAME.
+        root: whether it loads BPF programs.
+    """
+
+    summary: str
+    declare: Callable[[argparse.ArgumentParser], None]
+    measure: Callable[[argparse.Namespace], dict[str, Any]]
+    shown: str = "show"
+    root: bool = True
+
 
 BENCHMARKS: Final[Mapping[str, Benchmark]] = {
-    "events": ("events a second, bytes a fault", _events_arguments, _events),
-    "overhead": ("tokens a second with tracing and without", _overhead_arguments, _overhead),
+    "events": Benchmark("events a second, bytes a fault", _events_arguments, _events),
+    "overhead": Benchmark("tokens a second with tracing and without", _overhead_arguments, _overhead),
+    "query": Benchmark("seconds and memory of each report", _query_arguments, _query, "show_query", root=False),
 }
-"""Name → what it measures, its arguments, and how it is run; bench/show.py has render_NAME and plot_NAME."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     names = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
-    for name, (summary, declare, _) in BENCHMARKS.items():
-        one = names.add_parser(name, help=summary, description=summary)
-        declare(one)
+    for name, benchmark in BENCHMARKS.items():
+        one = names.add_parser(name, help=benchmark.summary, description=benchmark.summary)
+        benchmark.declare(one)
         one.add_argument("--json", action="store_true", help="complete figures as JSON instead of a table")
         one.add_argument("--plot", metavar="FILE", type=Path, help="draw it too, as .png or .svg (needs matplotlib)")
         add_output_arguments(one)
@@ -99,15 +148,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, draw, print."""
-    from llmtraced.bench import show
-
-    if os.geteuid() != 0:
+    benchmark = BENCHMARKS[args.benchmark]
+    if benchmark.root and os.geteuid() != 0:
         raise LlmtracedError(f"bench {args.benchmark} loads BPF programs: run the same command as root", NO_PERMISSION)
     for path in (args.output, args.plot):
         check_output(path, args.force)
     picture = None if args.plot is None else plots.require(args.plot)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is stopped
-    report = BENCHMARKS[args.benchmark][2](args)
+    report = benchmark.measure(args)
+    show = importlib.import_module(f"llmtraced.bench.{benchmark.shown}")
     if args.json:
         body = json.dumps(report, indent=2) + "\n"
     else:
@@ -125,3 +174,11 @@ def _count(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is not a number of 1 or more")
     return int(word)
+
+
+def _rows(word: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)([kmg]?)", word.strip().lower())
+    rows = round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2]]) if match else 0
+    if rows < 1:
+        raise argparse.ArgumentTypeError(f"not a number of rows: {word!r}; write it like 500000, 20M or 1.5G")
+    return rows

@@ -4,8 +4,8 @@
   llmtraced experiment -o results --model my.gguf --level fits,70%,50% --rounds 5
 
 Each cell starts a llama-server of its own in a memory cgroup, asks it, and records the answer; rounds are interleaved.
-The folder gets experiment.json, experiment.png and each cell's last trace, for `llmtraced report`. docs/findings.md
-discusses what came out on one machine. Needs root.
+The folder gets experiment.json, experiment.png and each cell's last trace, for `llmtraced report`.
+Needs root.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 
 import pytest
@@ -171,6 +172,7 @@ def test_without_root_it_says_so(monkeypatch):
 
 
 def test_every_benchmark_can_be_shown():
-    for name in bench.BENCHMARKS:
-        assert callable(getattr(show, f"render_{name}"))
-        assert callable(getattr(show, f"plot_{name}"))
+    for name, benchmark in bench.BENCHMARKS.items():
+        shown = importlib.import_module(f"llmtraced.bench.{benchmark.shown}")
+        assert callable(getattr(shown, f"render_{name}"))
+        assert callable(getattr(shown, f"plot_{name}"))
