@@ -21,7 +21,8 @@ def render(report: Mapping[str, Any], style: Style) -> str:
                 *table(report["cells"], _COLUMNS, style),
                 "",
                 f"medians of {settings['rounds']} rounds; readahead {settings['read_ahead_kb']} KB, "
-                f"{settings['threads']} threads; {printable(machine['cpu'])}, {machine['cores']} cores, kernel {machine['kernel']}",
+                f"{settings['threads']} threads; {printable(machine['cpu'])}, {machine['cores']} cores, "
+                f"kernel {machine['kernel']}",
             ]
         )
         + "\n"
