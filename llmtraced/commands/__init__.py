@@ -27,7 +27,7 @@ COMMANDS: Final = {
     "top": "the live view: what servers wait for, now",
     "report": "answers from a trace",
     "experiment": "models at several memory limits, recorded and compared",
-    "bench": "measure this tool: event rates, overhead, reports on large traces",
+    "bench": "measure this tool: events, overhead, reports",
     "demo": "the whole story on a small real model, end to end",
 }
 
