@@ -1,6 +1,6 @@
 // Pages of model files that come into and go out of the page cache, and reads through it, by whichever process.
 //
-// Raw tracepoints hand over the kernel's own structures, for a third of what a tracepoint's record costs; where their
+// Raw tracepoints hand over the kernel's own structures, and no record is made of them for each page; where their
 // fields lie (LT_FOLIO_*, LT_MAPPING_*, LT_INODE_*, LT_SB_*) comes from the kernel's BTF (llmtraced/probes/btf.py).
 //
 // Adds and evictions of consecutive pages in one context become one record (a run): a readahead of 8 MB is 2,048

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from llmtraced.analysis.ram import Uses, curve, needed_ram, uses
+from llmtraced.analysis.ram import LOOKED_UP, Uses, curve, needed_ram, uses
 from llmtraced.analysis.trace import Trace, collect
 from llmtraced.schema import PAGE
 
@@ -20,7 +20,6 @@ GAP_NS: Final = 1_000_000_000
 
 _ROWS: Final = 200_000
 _ROUNDS: Final = 4  # times the model's size
-_LOOKED_UP: Final = "token_embd.weight"  # rows of it are looked up, which is no matrix multiplication
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ def _unused(trace: Trace, loaded: pl.DataFrame) -> pl.DataFrame:
     """
     owner = ["model", "tensor_name"]
     known = trace.tensors.select(*owner, "layer", "n_experts", "backed")
-    rows = loaded.join(known, on=owner).filter(pl.col("tensor_name") != _LOOKED_UP)
+    rows = loaded.join(known, on=owner).filter(pl.col("tensor_name") != LOOKED_UP)
     never = rows.filter(pl.col("backed").is_null())
     for table in ("ops", "faults") if never.height else ():
         named = pl.col("tensor_name").cast(pl.String).is_in(never["tensor_name"].to_list())

@@ -19,7 +19,18 @@ from numpy.typing import NDArray
 from llmtraced.analysis.replay import previous_access
 from llmtraced.analysis.trace import Trace, collect
 
-__all__ = ["ACCESSES", "POINTS", "TOKENS", "Uses", "belady_bytes", "curve", "needed_ram", "pinned_bytes", "uses"]
+__all__ = [
+    "ACCESSES",
+    "LOOKED_UP",
+    "POINTS",
+    "TOKENS",
+    "Uses",
+    "belady_bytes",
+    "curve",
+    "needed_ram",
+    "pinned_bytes",
+    "uses",
+]
 
 Ints: TypeAlias = NDArray[np.int64]
 
@@ -28,6 +39,9 @@ TOKENS: Final = 256
 
 ACCESSES: Final = 40_000
 """Uses of units that are replayed, about, at most."""
+
+LOOKED_UP: Final = "token_embd.weight"
+"""Rows of it are looked up, which is no matrix multiplication, unless it is the output matrix, too."""
 
 POINTS: Final = 32
 """Evenly spaced RAM sizes in the curve, from 0 to all that can be used."""
@@ -235,7 +249,7 @@ def _window(trace: Trace, tokens: Sequence[int]) -> tuple[int, int]:
 def _assumed(plain: pl.DataFrame) -> Uses:
     """Return two tokens that use each tensor once, the input embeddings aside where there is another output matrix."""
     names = plain["tensor_name"].to_list()
-    looked_up = (pl.col("tensor_name") == "token_embd.weight") & ("output.weight" in names)
+    looked_up = (pl.col("tensor_name") == LOOKED_UP) & ("output.weight" in names)
     sizes = plain.filter(~looked_up)["size_bytes"].to_numpy().astype(np.int64)
     n = len(sizes)
     return Uses("map", 2, np.repeat(np.arange(2), n), np.tile(np.arange(n), 2), sizes)

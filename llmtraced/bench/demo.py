@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llmtraced.bench.engine import Server, default_cache_dir, ensure_gemma, ensure_llama_server, free_port, stop
-from llmtraced.bench.pressure import MemoryCgroup, drop_cache, read_ahead_file
+from llmtraced.bench.pressure import MemoryCgroup, drop_cache, read_ahead_kb
 from llmtraced.errors import USAGE, LlmtracedError
 
 __all__ = ["Story", "tell"]
@@ -115,10 +115,7 @@ def tell(folder: Path | None = None, *, n_predict: int = 32) -> Story:
     limit = int(size * SHARE)
     trace, metrics = base / "trace", base / "metrics.txt"
     port = free_port()
-    try:
-        read_ahead: int | None = int(read_ahead_file(model).read_text())
-    except (OSError, ValueError, LlmtracedError):
-        read_ahead = None
+    read_ahead = read_ahead_kb(model)
     log.info("starting the daemon: tracing into %s, metrics on http://127.0.0.1:%d/metrics", trace, port)
     texts: list[tuple[str, str]] = []
     rates: list[float] = []

@@ -28,7 +28,9 @@ from llmtraced.bench import models
 from llmtraced.bench.engine import Server, ensure_gemma
 from llmtraced.bench.fetch import default_cache_dir
 from llmtraced.bench.figures import machine, spread
-from llmtraced.bench.pressure import MemoryCgroup, ReadAhead, drop_cache, read_ahead_file
+from llmtraced.bench.overhead import limit_bytes
+from llmtraced.bench.pressure import MemoryCgroup, ReadAhead, drop_cache
+from llmtraced.bench.pressure import read_ahead_kb as read_ahead_of
 from llmtraced.capture import Capture
 from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.schema import Detail
@@ -102,7 +104,7 @@ def limit_of(level: str, model_bytes: int, own_bytes: int) -> int | None:
     share = level.removesuffix("%")
     if not level.endswith("%") or not share.isdecimal() or not 1 <= int(share) <= 1000:
         raise LlmtracedError(f"no such memory level: {printable(level)}; write fits, or a share such as 70%", USAGE)
-    return own_bytes + model_bytes * int(share) // 100
+    return limit_bytes(level, model_bytes, own_bytes)
 
 
 def run(
@@ -140,7 +142,7 @@ def run(
             trace = folder / f"{name}-{level.rstrip('%')}"
             shutil.rmtree(trace, ignore_errors=True)
             with ReadAhead(paths[name], read_ahead_kb) if read_ahead_kb else contextlib.nullcontext():
-                ahead = int(read_ahead_file(paths[name]).read_text())
+                ahead = read_ahead_of(paths[name])
                 limit, asked_at = _record(paths[name], level, trace, asked, threads)
             runs.append({"limit_bytes": limit, "read_ahead_kb": ahead, **_figures(open_trace(trace), asked_at)})
             one = runs[-1]["phases"]["decode"]

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from llmtraced.bench.engine import Server, ensure_gemma
 from llmtraced.bench.figures import machine, spread
-from llmtraced.bench.pressure import MemoryCgroup, drop_cache, read_ahead_file
+from llmtraced.bench.pressure import MemoryCgroup, drop_cache, read_ahead_kb
 from llmtraced.bench.switch import Switch, cpu_seconds
 from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.schema import Detail
@@ -282,7 +282,7 @@ def run(
             "threads": threads,
             "model": path.name,
             "model_bytes": path.stat().st_size,
-            "read_ahead_kb": _read_ahead_kb(path),
+            "read_ahead_kb": read_ahead_kb(path),
             "prompt": PROMPT,
         },
         "targets": targets(medians),
@@ -298,10 +298,3 @@ def targets(medians: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, A
         }
         for name, limit in TARGETS.items()
     }
-
-
-def _read_ahead_kb(path: Path) -> int | None:
-    try:
-        return int(read_ahead_file(path).read_text())
-    except (LlmtracedError, OSError):
-        return None

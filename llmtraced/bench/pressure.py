@@ -240,6 +240,14 @@ def read_ahead_file(path: Path | str, sysfs: Path = Path("/sys")) -> Path:
     )
 
 
+def read_ahead_kb(path: Path | str) -> int | None:
+    """Return the readahead, in kilobytes, of the device that holds ``path``; None: it has no such setting."""
+    try:
+        return int(read_ahead_file(path).read_text())
+    except (LlmtracedError, OSError, ValueError):
+        return None
+
+
 class ReadAhead:
     """Set the readahead of the device that holds ``path`` to ``kb`` kilobytes, and restore it on exit.
 

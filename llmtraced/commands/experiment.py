@@ -5,7 +5,7 @@
 
 Each cell starts a llama-server of its own in a memory cgroup, asks it, and records the answer; rounds are interleaved.
 The folder gets experiment.json, experiment.png and each cell's last trace, for `llmtraced report`.
-Needs root.
+Needs root, and matplotlib for the picture.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run it, write the results, print the table."""
     from llmtraced.bench import experiment, show_experiment
+    from llmtraced.reporters import plots
     from llmtraced.reporters.text import Style
 
     if os.geteuid() != 0:
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not args.force)):
         what = "is not empty, will not write into it without --force" if folder.is_dir() else "is not a folder"
         raise LlmtracedError(f"{printable(str(folder))} {what}", USAGE)
+    picture = plots.require(folder / "experiment.png")  # before the work, not after it
     folder.mkdir(parents=True, exist_ok=True)
     report = experiment.run(
         folder,
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     )
     body = json.dumps(report, indent=2) + "\n"
     write_output(body.encode(), folder / "experiment.json")
-    write_output(show_experiment.draw(report, "png"), folder / "experiment.png")
+    write_output(show_experiment.draw(report, picture), folder / "experiment.png")
     if not args.json:
         width = shutil.get_terminal_size((120, 24)).columns
         body = show_experiment.render(report, Style(width, sys.stdout.isatty() and "NO_COLOR" not in os.environ))

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from llmtraced.errors import printable
 from llmtraced.reporters import plots
-from llmtraced.reporters.text import Column, Style, bar, percent, several, size, table, trust
+from llmtraced.reporters.text import Column, Style, bar, percent, several, size, table, tensor_names, trust
 from llmtraced.schema import CAUSES
 
 __all__ = ["draw", "headline", "render"]
@@ -203,11 +203,8 @@ _BY_CAUSE: Final = (
 
 
 def _tensor_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    several = len({row["model"] for row in rows}) > 1
-    model = [Column("model", lambda row: printable(str(row["model"])), name=True)] if several else []
     return [
-        Column("tensor", lambda row: printable(str(row["tensor_name"])), name=True),
-        *model,
+        *tensor_names(rows),
         Column("size", lambda row: size(row["size_bytes"])),
         Column("in", lambda row: size(row["added_bytes"])),
         Column("out", lambda row: size(row["evicted_bytes"]), spare=True),

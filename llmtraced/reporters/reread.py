@@ -17,6 +17,7 @@ from llmtraced.reporters.text import (
     several,
     size,
     table,
+    tensor_names,
     trust,
 )
 
@@ -82,11 +83,8 @@ def headline(report: Mapping[str, Any]) -> str:
 
 def tensor_columns(rows: Sequence[Mapping[str, Any]], total: int, key: str) -> list[Column]:
     """Return a tensor table's columns, with bars for ``key``; ``share`` is the share of the ``total`` bytes read."""
-    several = len({row["model"] for row in rows}) > 1
-    model = [Column("model", lambda row: printable(str(row["model"])), name=True)] if several else []
     return [
-        Column("tensor", lambda row: printable(str(row["tensor_name"])), name=True),
-        *model,
+        *tensor_names(rows),
         Column("size", lambda row: size(row["size_bytes"])),
         Column("read", lambda row: size(row["bytes_read"])),
         Column("again", lambda row: size(row["reread_bytes"])),

@@ -25,6 +25,7 @@ __all__ = [
     "several",
     "size",
     "table",
+    "tensor_names",
     "three",
     "trust",
 ]
@@ -140,6 +141,13 @@ def profile(title: str, rows: Sequence[Mapping[str, Any]], key: str, show: Calla
 def blocks(values: Sequence[float], most: float) -> str:
     """Return one block for each value, as high as its share of ``most``; anything above zero shows."""
     return "".join(_HEIGHTS[max(round(value / most * 8), 1) if value > 0 else 0] for value in values)
+
+
+def tensor_names(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Return a tensor table's first columns: the name, and the model's where the rows are of several."""
+    several = len({row["model"] for row in rows}) > 1
+    model = [Column("model", lambda row: printable(str(row["model"])), name=True)] if several else []
+    return [Column("tensor", lambda row: printable(str(row["tensor_name"])), name=True), *model]
 
 
 def bars(rows: Sequence[Mapping[str, Any]], key: str) -> Column:

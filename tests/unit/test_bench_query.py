@@ -118,10 +118,9 @@ def test_every_token_has_the_same_operators(trace: Trace) -> None:
     assert "token_embd.weight" not in sequences[0]
 
 
+@pytest.mark.parametrize("made", [True], ids=["moe"], indirect=True)
 def test_the_experts_chosen_are_those_touched(trace: Trace) -> None:
     routing = rows_of(trace, "routing")
-    if routing.is_empty():
-        pytest.skip("a dense model")
     assert routing["experts"].list.n_unique().unique().to_list() == [4]
     prompt = routing.filter(pl.col("token") == 1)
     assert prompt["position"].unique().sort().to_list() == list(range(8))
@@ -141,9 +140,8 @@ def test_the_experts_chosen_are_those_touched(trace: Trace) -> None:
     assert counts.select((pl.col("len") * pl.col("expert_bytes") == pl.col("bytes_accessed")).all()).item()
 
 
+@pytest.mark.parametrize("made", [False], ids=["dense"], indirect=True)
 def test_a_dense_model_is_read_again_for_every_token(trace: Trace) -> None:
-    if trace.rows["routing"]:
-        pytest.skip("a mixture of experts")
     each = trace.tensors.filter(pl.col("tensor_name") != "token_embd.weight")["size_bytes"].sum()
     read = rows_of(trace, "tokens").filter(pl.col("token") > 0)["bytes_read"]
     assert read.to_list() == [each] * read.len()

@@ -49,14 +49,17 @@ TAMPERED: dict[str, list[tuple[Any, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize(
+    ("trace", "name"),
+    [(moe, name) for moe in (True, False) for name in CHECKS if moe or name != "experts"],
+    ids=lambda value: {True: "moe", False: "dense"}.get(value, value),
+    indirect=["trace"],
+)
 def test_a_figure_that_is_wrong_is_found(trace: Path, name: str) -> None:
     found = open_trace(trace)
     sql = opened(trace, found.session)
     sql.restrict(None)
     report = QUESTIONS[name].ask(found, Options())
-    if report.get("state") == "dense":
-        pytest.skip("a dense model has no experts")
     CHECKS[name](sql, report)
     for path in TAMPERED[name]:
         wrong: Any = copy.deepcopy(report)
