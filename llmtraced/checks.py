@@ -118,7 +118,7 @@ def _attach(point: SoftwareEvent | Tracepoint, loaded: loader.Programs) -> str |
         return f"its program {point.program} was refused"
     try:
         if isinstance(point, Tracepoint):
-            os.close(kernel.open_tracepoint(point.name, program, str(point)))
+            os.close(kernel.open_tracepoint(point.name, program, str(point), typed=point.typed))
         else:
             for cpu in kernel.online_cpus():
                 os.close(kernel.open_software_event(point.config, cpu, program, str(point)))

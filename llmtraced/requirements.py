@@ -171,7 +171,7 @@ def distribution(os_release: str) -> str:
 def btf(vmlinux: Path = kernel_types.VMLINUX) -> Check:
     """Check for the kernel's own description of its types, and that its page cache is understood."""
     try:
-        layout = kernel_types.running(vmlinux)
+        layout = kernel_types.kernel_layout(kernel_types.running(vmlinux))
     except LlmtracedError as error:
         return Check("btf", "missing", str(error), "a kernel with CONFIG_DEBUG_INFO_BTF=y")
     folios = "folios of any size" if "LT_FOLIO_ORDER" in layout else "single pages"

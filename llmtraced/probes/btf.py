@@ -111,13 +111,21 @@ class Btf:
         pairs = (struct.unpack_from("<Ii", self._data, self._at[number] + 12 + 8 * i) for i in range(count))
         return {self._name(name): value for name, value in pairs}
 
+    def tracepoint_type(self, name: str) -> int:
+        """Return the number of the tracepoint's own type, by which a program is loaded for it.
+
+        Raises:
+            KeyError: there is no such tracepoint.
+        """
+        return self._find(f"btf_trace_{name}", _TYPEDEF)
+
     def tracepoint(self, name: str) -> list[str]:
         """Return what the tracepoint hands over: for each argument the structure it points to, or ``""``.
 
         Raises:
             KeyError: there is no such tracepoint.
         """
-        number = self._plain(self._find(f"btf_trace_{name}", _TYPEDEF))
+        number = self._plain(self.tracepoint_type(name))
         proto = self._plain(self._type(number)[3])  # a pointer to the probe's prototype
         arguments = []
         for i in range(1, self._type(proto)[2]):  # the first is the probe's own
@@ -137,12 +145,10 @@ def kernel_layout(btf: Btf) -> dict[str, int]:
     try:
         handed = btf.tracepoint("mm_filemap_add_to_page_cache")[0]
         page = btf.fields(handed)
-        head = {
+        layout = {
             "LT_FOLIO_FLAGS": page["flags"],
             "LT_FOLIO_MAPPING": page["mapping"],
             "LT_FOLIO_INDEX": page["index"],
-        }
-        layout = {
             "LT_MAPPING_HOST": btf.fields("address_space")["host"],
             "LT_INODE_INO": btf.fields("inode")["i_ino"],
             "LT_INODE_SB": btf.fields("inode")["i_sb"],
@@ -154,20 +160,17 @@ def kernel_layout(btf: Btf) -> dict[str, int]:
     except (KeyError, IndexError) as error:
         problem = f"the kernel's type information (BTF) has no {error}: its page cache is not understood"
         raise LlmtracedError(problem, UNSUPPORTED) from error
-    first, last = min(head.values()), max(head.values())
-    if last - first > 56 or any((offset - first) % 8 for offset in head.values()):
-        raise LlmtracedError(f"the fields of struct {handed} lie too far apart in this kernel", UNSUPPORTED)
-    return layout | head | {"LT_FOLIO_FIRST": first, "LT_FOLIO_WORDS": (last - first) // 8 + 1}
+    return layout
 
 
-def running(vmlinux: Path = VMLINUX) -> dict[str, int]:
-    """Return the layout of the running kernel.
+def running(vmlinux: Path = VMLINUX) -> Btf:
+    """Return the types of the running kernel.
 
     Raises:
-        LlmtracedError: it does not describe itself, or not what we need.
+        LlmtracedError: it does not describe itself.
     """
     try:
-        return kernel_layout(Btf(vmlinux.read_bytes()))
+        return Btf(vmlinux.read_bytes())
     except OSError as error:
         raise LlmtracedError(
             f"{vmlinux} cannot be read ({error.strerror}): a kernel with CONFIG_DEBUG_INFO_BTF=y is needed", UNSUPPORTED

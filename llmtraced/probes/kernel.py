@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
 
 __all__ = [
+    "load_typed_tracepoint",
     "map_array",
     "map_delete",
     "map_lookup",
@@ -37,7 +38,8 @@ __all__ = [
 _NR_PERF_EVENT_OPEN = 298
 _NR_BPF = 321
 _BPF_MAP_LOOKUP_ELEM, _BPF_MAP_UPDATE_ELEM, _BPF_MAP_DELETE_ELEM = 1, 2, 3
-_BPF_PROG_TEST_RUN, _BPF_OBJ_GET_INFO_BY_FD, _BPF_RAW_TRACEPOINT_OPEN = 10, 15, 17
+_BPF_PROG_LOAD, _BPF_PROG_TEST_RUN, _BPF_OBJ_GET_INFO_BY_FD, _BPF_RAW_TRACEPOINT_OPEN = 5, 10, 15, 17
+_BPF_PROG_TYPE_TRACING, _BPF_TRACE_RAW_TP = 26, 23
 _PERF_TYPE_SOFTWARE = 1
 _PERF_FLAG_FD_CLOEXEC = 8
 _PERF_EVENT_IOC_ENABLE, _PERF_EVENT_IOC_SET_BPF = 0x2400, 0x40042408
@@ -98,6 +100,42 @@ def map_array(fd: int, dtype: np.dtype[Any], entries: int) -> NDArray[Any]:
     return np.frombuffer(memory, dtype=dtype, count=entries)
 
 
+def load_typed_tracepoint(name: str, instructions: bytes, btf_type: int) -> int:
+    """Load a program for one raw tracepoint, whose arguments' types the verifier takes from the kernel's BTF (5.5).
+
+    Args:
+        name: of the program.
+        instructions: compiled, 8 bytes each, with the descriptors of its maps in them.
+        btf_type: number of the tracepoint's type, ``btf_trace_NAME``.
+
+    Raises:
+        OSError: the kernel refuses it; with the end of what the verifier said.
+    """
+    code, license_ = ctypes.create_string_buffer(instructions, len(instructions)), ctypes.create_string_buffer(b"GPL")
+    # prog_type, insn_cnt, insns, license; then log_level, log_size, log_buf; then kern_version, prog_flags, prog_name,
+    # prog_ifindex, expected_attach_type, prog_btf_fd and six more for functions and lines, attach_btf_id
+    count = len(instructions) // 8
+    head = struct.pack("<IIQQ", _BPF_PROG_TYPE_TRACING, count, _address(code), _address(license_))
+    tail = struct.pack("<II15sxII36xI", 0, 0, name.encode(), 0, _BPF_TRACE_RAW_TP, btf_type)
+
+    def load(log: bytes) -> int:
+        buffer = ctypes.create_string_buffer(head + log + tail, 144)
+        fd = int(_libc.syscall(_NR_BPF, _BPF_PROG_LOAD, buffer, len(buffer)))
+        if fd < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return fd
+
+    try:
+        return load(struct.pack("<IIQ", 0, 0, 0))
+    except OSError as error:  # again, to hear why
+        said = ctypes.create_string_buffer(1 << 20)
+        with contextlib.suppress(OSError):
+            return load(struct.pack("<IIQ", 1, len(said), _address(said)))
+        lines = said.value.decode(errors="replace").strip().splitlines()[-8:]
+        raise OSError(error.errno, "; ".join([os.strerror(error.errno or 0), *lines])) from error
+
+
 def run_on_cpu(program: int, cpu: int) -> int:
     """Run a raw tracepoint program once, on ``cpu``, and return its result (5.10 and later)."""
     # prog_fd, retval, data_size_in/out, data_in/out, repeat, duration, ctx_size_in/out, ctx_in/out, flags, cpu
@@ -151,10 +189,13 @@ def _start(fd: int, program: int, what: str) -> int:
     return fd
 
 
-def open_tracepoint(name: str, program: int, what: str) -> int:
-    """Attach ``program``, of type RAW_TRACEPOINT, on all CPUs; closing the returned descriptor detaches it."""
+def open_tracepoint(name: str, program: int, what: str, *, typed: bool = False) -> int:
+    """Attach ``program`` on all CPUs; closing the returned descriptor detaches it.
+
+    It is of type RAW_TRACEPOINT or, if ``typed``, was loaded for this tracepoint (:func:`load_typed_tracepoint`).
+    """
     text = ctypes.create_string_buffer(name.encode())
-    buffer = ctypes.create_string_buffer(struct.pack("<QI", _address(text), program), 128)
+    buffer = ctypes.create_string_buffer(struct.pack("<QI", 0 if typed else _address(text), program), 128)
     fd = int(_libc.syscall(_NR_BPF, _BPF_RAW_TRACEPOINT_OPEN, buffer, len(buffer)))
     if fd < 0:
         raise _cannot_attach(what, ctypes.get_errno())

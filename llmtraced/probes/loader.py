@@ -26,7 +26,8 @@ from typing import Any, Final
 from llmtraced import headers, schema
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
 from llmtraced.ggml_layout import OPERATOR_BYTES
-from llmtraced.probes import btf
+from llmtraced.probes import KERNEL_POINTS, btf, kernel
+from llmtraced.probes.points import Tracepoint
 
 __all__ = ["FILES", "PROGRAMS", "Programs", "Sizes", "bpf_folder", "compile_flags", "import_bcc", "load", "source"]
 
@@ -52,6 +53,8 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "on_get_rows": "KPROBE",
 }
 """BPF programs and their types; uprobes are of type KPROBE."""
+
+_TYPED: Final = {p.program: p.name for p in KERNEL_POINTS if isinstance(p, Tracepoint) and p.typed}
 
 _MAPS: Final = (
     *("ring", "slots", "targets", "prefetchers", "ranges", "file_ids", "files", "aliases"),
@@ -244,7 +247,8 @@ def _compile(sizes: Sizes) -> tuple[dict[str, int], dict[str, Any]]:
     bcc = import_bcc()
     found = headers.find()
     headers.present(found)
-    flags = compile_flags(sizes, possible_cpus(), btf.running())
+    types = btf.running()
+    flags = compile_flags(sizes, possible_cpus(), btf.kernel_layout(types))
     try:
         bpf = bcc.BPF(text=source(), cflags=["-Wno-macro-redefined", *flags])
     except Exception as error:
@@ -253,7 +257,11 @@ def _compile(sizes: Sizes) -> tuple[dict[str, int], dict[str, Any]]:
     refused: dict[str, str] = {}
     for name, kind in PROGRAMS.items():
         try:
-            descriptors[name] = bpf.load_func(name, getattr(bcc.BPF, kind)).fd
+            if name in _TYPED:  # BCC cannot say for which tracepoint
+                number = types.tracepoint_type(_TYPED[name])
+                descriptors[name] = kernel.load_typed_tracepoint(name, bpf.dump_func(name.encode()), number)
+            else:
+                descriptors[name] = bpf.load_func(name, getattr(bcc.BPF, kind)).fd
         except Exception as error:
             refused[name] = str(error)
     for name in _MAPS:

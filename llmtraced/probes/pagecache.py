@@ -7,7 +7,7 @@ from llmtraced.probes.points import Tracepoint
 __all__ = ["POINTS"]
 
 POINTS = (
-    Tracepoint("on_add", "mm_filemap_add_to_page_cache", "what is read from disk is not recorded"),
-    Tracepoint("on_evict", "mm_filemap_delete_from_page_cache", "what is evicted is not recorded"),
+    Tracepoint("on_add", "mm_filemap_add_to_page_cache", "what is read from disk is not recorded", typed=True),
+    Tracepoint("on_evict", "mm_filemap_delete_from_page_cache", "what is evicted is not recorded", typed=True),
     Tracepoint("on_read", "mm_filemap_get_pages", "reads by read() and pread() are not recorded", False),
 )

@@ -11,12 +11,16 @@ __all__ = ["Point", "SoftwareEvent", "Tracepoint", "Uprobe"]
 
 @dataclass(frozen=True, slots=True)
 class Tracepoint:
-    """A kernel tracepoint, attached raw: the program gets its arguments, no record is made."""
+    """A kernel tracepoint, attached raw: the program gets its arguments, no record is made.
+
+    ``typed``: the verifier knows the types of its arguments (BTF), so that reading their fields is a plain load.
+    """
 
     program: str
     name: str
     lost: str
     required: bool = True
+    typed: bool = False
 
     def __str__(self) -> str:
         return f"tracepoint {self.name}"

@@ -111,7 +111,8 @@ class Tracer:
             try:
                 program = self._program(point.program)
                 if isinstance(point, Tracepoint):
-                    self._kernel_fds.append(kernel.open_tracepoint(point.name, program, str(point)))
+                    fd = kernel.open_tracepoint(point.name, program, str(point), typed=point.typed)
+                    self._kernel_fds.append(fd)
                 elif isinstance(point, SoftwareEvent):
                     for cpu in kernel.online_cpus():
                         self._kernel_fds.append(kernel.open_software_event(point.config, cpu, program, str(point)))

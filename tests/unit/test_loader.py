@@ -72,7 +72,8 @@ def test_flags_fit_the_sizes() -> None:
 
 def test_every_name_that_the_sources_use_is_given() -> None:
     text = loader.source()
-    given = {flag.removeprefix("-D").split("=")[0] for flag in loader.compile_flags(loader.Sizes(), 2, btf.running())}
+    layout = btf.kernel_layout(btf.running())
+    given = {flag.removeprefix("-D").split("=")[0] for flag in loader.compile_flags(loader.Sizes(), 2, layout)}
     given |= set(re.findall(r"#define (\w+)", text))
     used = set(re.findall(r"\b(?:LT|SYSCALL)_\w+", re.sub(r"//[^\n]*", "", text)))
     assert used - given == set()
