@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from llmtraced.analysis.trace import open_trace
+from llmtraced.analysis.trace import Trace, open_trace, verdict
 from llmtraced.commands._output import add_output_arguments, check_output, write_output
 from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.reporters import html, plots, text, trace_events
@@ -94,6 +94,8 @@ def _whole(args: argparse.Namespace) -> int:
     if args.output is None and sys.stdout.isatty():
         raise LlmtracedError(f"report {args.name} is not for a terminal: name a file with -o", USAGE)
     trace = open_trace(args.trace, args.session)
+    for note in (*trace.notes, *_short(trace)):
+        log.warning("%s", printable(note, 2000))
     if args.name == "html":
         plots.require(Path("page.svg"))
         pieces: Iterator[bytes] = (
@@ -104,6 +106,12 @@ def _whole(args: argparse.Namespace) -> int:
         pieces = trace_events.trace_events(trace, tokens=args.token, phase=args.phase, **limits)
     write_output(pieces, args.output)
     return 0
+
+
+def _short(trace: Trace) -> list[str]:
+    """Return what is to be known of a trace that is not complete; every report says it, these forms can be missed."""
+    told = verdict(trace.account)
+    return [] if told == "complete" else [f"account: {told}"]
 
 
 def _options() -> dict[str, tuple[Option, dict[str, Any]]]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from typing import Any, Final
 
 from llmtraced.errors import printable
 from llmtraced.reporters import plots
-from llmtraced.reporters.text import Column, Style, duration, several, size, table, three, trust
+from llmtraced.reporters.text import Column, Style, duration, heading, several, size, table, three, trust, wrapped
 
-__all__ = ["draw", "headline", "render"]
+__all__ = ["draw", "evidence", "headline", "render"]
 
 _MARKS: Final = {"act": "!", "note": "·", "fine": "✓"}
 _CURVES: Final = (
@@ -22,14 +21,14 @@ _CURVES: Final = (
 
 def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     """Return the findings in order, each with its evidence and command; then ``top`` rows of the RAM curve."""
-    lines = [*map(style.bold, _wrapped(headline(report), "", "", style)), *trust(report, style)]
+    lines = [*heading(headline(report), style), *trust(report, style)]
     for one in report["findings"]:
         lines += ["", *_finding(one, style)]
     rows = _rows(report, top)
     if rows:
         of = several(report["replayed_tokens"], f"{report['judged_phase'] or ''} token".strip())
         told = f"of {of}" if report["uses_source"] == "ops" else "if each token uses all weights once, in file order"
-        lines += ["", f"read per token with so much RAM for the model's pages ({told})"]
+        lines += ["", *wrapped(f"read per token with so much RAM for the model's pages ({told})", style)]
         lines += table(rows, _COLUMNS, style)
     return "\n".join(lines) + "\n"
 
@@ -65,6 +64,10 @@ def draw(report: Mapping[str, Any], picture: str, top: int = 0) -> bytes:  # noq
     axes.set_xlim(0, None if curve or known else 1)
     axes.set_ylim(0, None if read or any(row["lru_bytes_per_token"] for row in curve) else 1)
     axes.set_title(plots.title(report, "read per token, over RAM"), loc="left", fontsize=10)
+    if not curve:
+        why = next((one["unknown"] for one in report["findings"] if one["finding"] == "ram" and one["unknown"]), None)
+        words = f"no curve: {printable(why or 'what tokens use is not known')}"
+        axes.text(0.5, 0.6, words, transform=axes.transAxes, ha="center", fontsize=9)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False, fontsize=9)
     return plots.drawn(figure, picture)
@@ -72,23 +75,31 @@ def draw(report: Mapping[str, Any], picture: str, top: int = 0) -> bytes:  # noq
 
 def _finding(one: Mapping[str, Any], style: Style) -> list[str]:
     mark = "?" if one["unknown"] else _MARKS[one["severity"]]
-    title = _wrapped(printable(one["title"], 2000), f"{mark} ", "  ", style)
+    title = wrapped(printable(one["title"], 2000), style, f"{mark} ", "  ")
     paint = style.warn if one["severity"] == "act" else str
     lines = [paint(line) for line in title]
     if one["severity"] == "fine":
         return lines
     if one["unknown"]:
-        lines += _wrapped(f"cannot be said from this trace: {one['unknown']}", "    ", "    ", style)
-    known = [f"{_name(key)} {_value(key, value)}" for key, value in one["evidence"].items() if value not in (None, "")]
-    lines += _wrapped(", ".join(known), "    ", "    ", style)
-    lines += _wrapped(one["why"], "    ", "    ", style)
-    return lines + [f"    $ {printable(line, 4096)}" for line in (one["command"] or "").splitlines()]
+        lines += wrapped(f"cannot be said from this trace: {one['unknown']}", style, "    ", "    ")
+    lines += wrapped(evidence(one), style, "    ", "    ")
+    lines += wrapped(one["why"], style, "    ", "    ")
+    return lines + [line for command in (one["command"] or "").splitlines() for line in _command(command, style)]
 
 
-def _wrapped(text: str, first: str, rest: str, style: Style) -> list[str]:
-    return textwrap.wrap(
-        text, max(style.width, 40), initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
-    )
+def evidence(one: Mapping[str, Any]) -> str:
+    """Return the figures that a finding stands on, those that are known."""
+    known = {key: value for key, value in one["evidence"].items() if value not in (None, "")}
+    return ", ".join(f"{_name(key)} {_value(key, value)}" for key, value in known.items())
+
+
+def _command(command: str, style: Style) -> list[str]:
+    """Return what to run, in one line however long, for it is to be copied; a comment that does not fit goes above."""
+    line = f"    $ {printable(command, 4096)}"
+    bare, _, comment = line.partition("   # ")
+    if comment and len(line) > style.width:
+        return [*wrapped(comment, style, "    # ", "    # "), bare]
+    return [line]
 
 
 def _name(key: str) -> str:

@@ -8,7 +8,19 @@ from typing import Any, Final
 
 from llmtraced.errors import printable
 from llmtraced.reporters import plots
-from llmtraced.reporters.text import Column, Style, bar, percent, several, size, table, tensor_names, trust
+from llmtraced.reporters.text import (
+    Column,
+    Style,
+    bar,
+    heading,
+    percent,
+    several,
+    size,
+    table,
+    tensor_names,
+    trust,
+    wrapped,
+)
 from llmtraced.schema import CAUSES
 
 __all__ = ["draw", "headline", "render"]
@@ -25,7 +37,7 @@ _LABELS: Final = 36  # names beside the picture, at most
 
 def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     """Return the cache report: by cause, by phase and process, then the ``top`` tensors that came in most."""
-    lines = [style.bold(headline(report)), *trust(report, style), ""]
+    lines = [*heading(headline(report), style), *trust(report, style), ""]
     if report["causes"]:
         lines += [*table(report["causes"], _BY_CAUSE, style), ""]
     for key, name in (("phases", "phase"), ("processes", "comm")):
@@ -35,11 +47,12 @@ def render(report: Mapping[str, Any], top: int, style: Style) -> str:
             if len(report[key]) > top:
                 lines.append(f"… {several(len(report[key]) - top, f'more {name}')} (--top N for more)")
             lines.append("")
-    lines += [_memory(report)]
+    lines += _memory(report, style)
     if report["out_of_order_bytes"]:
-        lines.append(
+        lines += wrapped(
             f"came in twice or went out twice in a row: {size(report['out_of_order_bytes'])} (moves closer in time "
-            "than their order is known)"
+            "than their order is known)",
+            style,
         )
     tensors = sorted((row for row in report["tensors"] if row["added_bytes"]), key=lambda row: -int(row["added_bytes"]))
     if tensors:
@@ -162,19 +175,20 @@ def _edges(bins: Mapping[str, Sequence[int]]) -> list[float]:
     return [(start - starts[0]) / 1e9 for start in [*starts, starts[-1] + width]]
 
 
-def _memory(report: Mapping[str, Any]) -> str:
+def _memory(report: Mapping[str, Any], style: Style) -> list[str]:
     limit = report["cgroup_limit_bytes"]
     of = f" of {size(report['model_bytes'])}" if report["model_bytes"] else ""
     before = report["resident_before_bytes"]
-    return (
-        f"in the cache: {size(report['mean_resident_bytes'])}{of} on average, {size(report['peak_resident_bytes'])} "
-        f"at most; memory limit: {'none known' if limit is None else size(limit)}"
-        + (
-            f"\n  plus what was there when the recording began ({size(before)} at least) and never left"
-            if before
-            else ""
-        )
-    )
+    kept = f"plus what was there when the recording began ({size(before)} at least) and never left"
+    return [
+        *wrapped(
+            f"in the cache: {size(report['mean_resident_bytes'])}{of} on average, "
+            f"{size(report['peak_resident_bytes'])} at most; memory limit: "
+            f"{'none known' if limit is None else size(limit)}",
+            style,
+        ),
+        *(wrapped(kept, style, "  ", "  ") if before else []),
+    ]
 
 
 def _moves(name: str) -> list[Column]:

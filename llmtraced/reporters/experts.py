@@ -16,12 +16,12 @@ __all__ = ["draw", "headline", "render"]
 
 _POLICIES: Final = (
     ("belady", "Belady (the optimum)", "#000000", "--"),
-    ("pinned", "pinned by frequency, in hindsight", "#b8892f", "-"),
-    ("lfu", "LFU", "#e45756", "-"),
+    ("pinned", "pinned by frequency, in hindsight", "#b8892f", "-."),
+    ("lfu", "LFU", "#e45756", ":"),
     ("lru", "LRU", "#4c78a8", "-"),
 )
 _LEARNED: Final = (
-    ("second_half_pinned", "pinned by frequency in the first half", "#b8892f", "-"),
+    ("second_half_pinned", "pinned by frequency in the first half", "#b8892f", "-."),
     ("second_half_lru", "LRU", "#4c78a8", "-"),
 )
 
@@ -238,7 +238,7 @@ def _draw_repeats(axes: Any, report: Mapping[str, Any]) -> None:
         ("repeat_next", "in the last token", "#b8892f"),
     ):
         chance = f"{name}_by_chance"
-        for key, line, shade, what in ((name, "-o", colour, label), (chance, ":", "#000000", f"{label}, by chance")):
+        for key, line, shade, what in ((name, "-o", colour, label), (chance, ":", colour, f"{label}, by chance")):
             known = [(x, 100 * row[key]) for x, row in zip(at, rows, strict=True) if row[key] is not None]
             if known:
                 axes.plot(*zip(*known, strict=True), line, color=shade, label=what, markersize=3, linewidth=1.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -10,7 +11,7 @@ import numpy as np
 from llmtraced.errors import printable
 from llmtraced.reporters import plots
 from llmtraced.reporters.grid import Floats, chunks, grid, merged, offsets, scale, stripes
-from llmtraced.reporters.text import Style, duration, several, size, three, trust
+from llmtraced.reporters.text import Style, duration, heading, several, size, three, trust, wrapped
 
 __all__ = ["draw", "offset_ticks", "render"]
 
@@ -18,11 +19,12 @@ _WHAT: Final = {"bytes": "read from disk", "stall": "waited in page faults, all 
 _STRETCH: Final = 6  # columns of the terminal to a column of the matrix, at most
 _NAMED: Final = 60  # tensors that can each be named beside a picture
 _TICKS: Final = 45
+_ROWS: Final = 480  # of a picture: more cannot be told apart, and would be drawn by chance or not at all
 
 
 def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     """Return the heatmap in at most about ``top`` lines: tensors, layers or stretches of the file are joined to fit."""
-    lines = [style.bold(_headline(report)), *trust(report, style), ""]
+    lines = [*heading(_headline(report), style), *trust(report, style), ""]
     rows, columns = report["rows"], report["columns"]
     if not rows or not columns:
         return "\n".join(lines).rstrip() + "\n"
@@ -40,7 +42,7 @@ def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     cells = np.repeat(cells, min(max(room // len(cuts), 1), _STRETCH), axis=1)
     lines += grid(labels, cells, _below(report), _show(report), style)
     joined = "" if not by_token or len(spans) == len(rows) else "layers at the left; "
-    lines.append(f"{joined}a cell: {_cell(report)}; blank: nothing")
+    lines += wrapped(f"{joined}a cell: {_cell(report)}; blank: nothing", style)
     return "\n".join(lines) + "\n"
 
 
@@ -53,29 +55,33 @@ def draw(report: Mapping[str, Any], picture: str, top: int = 0) -> bytes:  # noq
     by_token = report["by"] == "token"
     figure = plots.canvas(height=min(max(2.2 + 0.13 * len(rows), 4), 10) if by_token else 6)
     axes = figure.subplots()
-    values = _matrix(report) / _spans(report) if columns else np.zeros((len(rows), 0))
+    cuts = _together(rows) if by_token else [(row, row + 1) for row in range(len(rows))]
+    values = merged(_matrix(report) / _spans(report), cuts, 0) if columns else np.zeros((len(cuts), 0))
     per, unit = _unit(report, values)
     values = values / per
     least, most = scale(values)
+    if least:  # colours are for what there is: with a few huge values, the median is not kept in the middle
+        least = max(least, float(values[values > 0].min()))
     if most:
         image = axes.imshow(
             np.ma.masked_equal(values, 0),
             aspect="auto",
             cmap="viridis",
             norm=LogNorm(least, most) if least else Normalize(0, most),
-            interpolation="nearest",
+            interpolation="auto",  # smooths where cells are no whole number of pixels: no row is wider than others
+            interpolation_stage="rgba",
             origin="upper" if by_token else "lower",
             extent=None if by_token else (0, float(_spans(report).sum()), -0.5, len(rows) - 0.5),
         )
         colours = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, aspect=50)
-        colours.set_label(unit + (", logarithmic" if least else ""))
+        colours.set_label(unit + (", logarithmic" if least else "") + "; blank: nothing")
         if least:
             colours.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
             colours.ax.yaxis.set_major_formatter("{x:g}")
             colours.ax.yaxis.set_minor_locator(NullLocator())
         if by_token:
             _token_ticks(axes, columns)
-        _tensor_ticks(axes, rows) if by_token else offset_ticks(axes, rows)
+        _tensor_ticks(axes, rows, cuts) if by_token else offset_ticks(axes, rows)
     else:
         axes.set_xticks([])
         axes.set_yticks([])
@@ -101,17 +107,30 @@ def _token_ticks(axes: Any, columns: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xticks(np.searchsorted(first, list(tokens), side="right") - 1, [f"{token:,}" for token in tokens])
 
 
-def _tensor_ticks(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def _together(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Return which tensors share a row of the picture: each has its own, or as few of a layer as are needed."""
+    most = -(-len(rows) // _ROWS) or 1
+    return [
+        (first + low, first + high)
+        for _, first, end in stripes(rows)
+        for low, high in chunks(end - first, -(-(end - first) // most))
+    ]
+
+
+def _tensor_ticks(axes: Any, rows: Sequence[Mapping[str, Any]], cuts: Sequence[tuple[int, int]]) -> None:
     """Name each tensor, or where they are too many, each layer, or where those are too many, every second, …."""
     if len(rows) <= _NAMED:
         axes.set_yticks(range(len(rows)), [_name(row, 40) for row in rows], fontsize=7)
         return
     kept: list[tuple[str, float]] = []
+    starts = [first for first, _ in cuts]
     for label, first, end in stripes(rows):
-        if not kept or (first + end - 1) / 2 - kept[-1][1] >= len(rows) / _TICKS:
-            kept.append((label, (first + end - 1) / 2))
+        middle = (bisect_left(starts, first) + bisect_left(starts, end) - 1) / 2
+        if not kept or middle - kept[-1][1] >= len(cuts) / _TICKS:
+            kept.append((label, middle))
     axes.set_yticks([at for _, at in kept], [label for label, _ in kept], fontsize=8)
-    axes.set_ylabel("layer")
+    most = max(end - first for first, end in cuts)
+    axes.set_ylabel("layer" if most == 1 else f"layer; up to {most} tensors in a row")
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], top: int) -> list[tuple[str, int, int]]:
@@ -120,7 +139,8 @@ def _lines(rows: Sequence[Mapping[str, Any]], top: int) -> list[tuple[str, int, 
         return [(_name(row, 30), i, i + 1) for i, row in enumerate(rows)]
     found = stripes(rows)
     if len(found) > top:
-        joined = [(found[first], found[end - 1]) for first, end in chunks(len(found), top)]
+        each = -(-len(found) // top)  # as many to a line: a line with more of them would look hotter
+        joined = [(found[at], found[min(at + each, len(found)) - 1]) for at in range(0, len(found), each)]
         found = [
             (one[0] if one is other else printable(f"{one[0]}-{other[0]}", 30), one[1], other[2])
             for one, other in joined

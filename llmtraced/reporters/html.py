@@ -13,14 +13,16 @@ from typing import Any, Final
 from llmtraced import __version__
 from llmtraced.analysis.trace import Trace
 from llmtraced.errors import printable
+from llmtraced.reporters.advise import evidence
 from llmtraced.reporters.questions import QUESTIONS, Options, Question
-from llmtraced.reporters.text import Style, duration, size, three, trust
+from llmtraced.reporters.text import Style, duration, several, size, three, trust
 
 __all__ = ["ROWS", "cell", "page"]
 
 ROWS: Final = 1000
 """Rows of a table that the page holds; it says where it holds fewer than there are."""
 
+_TABLES: Final = {"hot_cold": "experts of each layer, hottest first"}
 _PLAIN: Final = Style(width=110)
 _SCRIPT: Final = """
 document.querySelectorAll('th').forEach(th => th.addEventListener('click', () => {
@@ -50,12 +52,17 @@ nav { display: flex; flex-wrap: wrap; gap: .25rem .9rem; padding: .6rem 0; borde
 a { color: var(--link); text-decoration: none } a:hover { text-decoration: underline }
 section { padding: 1.2rem 0; border-bottom: 1px solid var(--line) }
 .asks { color: var(--soft); margin: 0 0 .6rem } .warn { color: var(--warn) } .answer { white-space: pre-line }
-.wide { overflow-x: auto } .wide svg { min-width: 36rem; width: 100%; height: auto; display: block }
+.wide { overflow-x: auto } .wide svg { min-width: 36rem; width: 100%; height: auto; display: block;
+  fill: currentColor }
+.findings { padding: 0; list-style: none } .findings li { border-left: 4px solid var(--line); padding: .1rem .8rem;
+  margin: .7rem 0 } .findings .act { border-color: var(--warn) } .findings p { margin: .3rem 0 }
+.findings .why { color: var(--soft) } .findings pre { margin: .4rem 0; white-space: pre-wrap }
 pre { overflow-x: auto; background: var(--band); padding: .8rem; font-size: 12.5px; line-height: 1.35 }
 summary { cursor: pointer; color: var(--link); margin: .5rem 0 }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums }
 th { cursor: pointer; text-align: left; white-space: nowrap; position: sticky; top: 0; background: var(--band) }
-th, td { padding: .15rem .6rem; border-bottom: 1px solid var(--line) } td[data-v] { text-align: right;
+th, td { padding: .15rem .6rem; border-bottom: 1px solid var(--line); max-width: 24rem; overflow-wrap: break-word }
+td[data-v] { text-align: right;
   white-space: nowrap } th[aria-sort=descending]::after { content: ' ▾' } th[aria-sort=ascending]::after {
   content: ' ▴' }
 .rows { max-height: 30rem; overflow: auto }
@@ -85,7 +92,7 @@ def page(trace: Trace, phase: str | None = None, done: Callable[[str], None] = l
         report = question.ask(trace, Options(phase, question.rows))
         if i == 0:
             tint = "" if report["verdict"] == "complete" else ' class="warn"'
-            yield from (f"<p{tint}>{_text(line)}</p>\n" for line in trust(report, _PLAIN))
+            yield from (f"<p{tint}>{_text(line)}</p>\n" for line in _whole(trust(report, _PLAIN)))
         yield from _section(name, question, report)
         done(name)
     yield f"<footer><p>llmtraced {__version__}</p></footer>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
@@ -98,6 +105,8 @@ def _section(name: str, question: Question, report: Mapping[str, Any]) -> Iterat
     if answer:
         yield f'<p class="answer">{_text(answer)}</p>\n'
     yield f'<div class="wide">{question.draw(report, "web", question.rows).decode()}</div>\n'
+    if "findings" in report:
+        yield from _findings(report["findings"])
     for key in question.tables:
         yield from _table(name, key, report[key])
     yield f"<details><summary>as text</summary><pre>{_text(text)}</pre></details>\n</section>\n"
@@ -108,18 +117,47 @@ def _answer(text: str, known: Sequence[str]) -> str:
     for paragraph in text.split("\n\n"):
         lines = [line for line in paragraph.splitlines() if line.strip() and line not in known]
         if lines:
-            return "\n".join(lines)
+            return "\n".join(_whole(lines))
     return ""
+
+
+def _whole(lines: Sequence[str]) -> list[str]:
+    """Return the lines with what goes on, which is set in, joined to what it goes on from: the page wraps by itself."""
+    found: list[str] = []
+    for line in lines:
+        if found and line.startswith("  "):
+            found[-1] += f" {line.strip()}"
+        else:
+            found.append(line)
+    return found
+
+
+def _findings(findings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what to do, most urgent first, each with its figures and the command."""
+    yield '<ul class="findings">\n'
+    for one in findings:
+        urgent = ' class="act"' if one["severity"] == "act" else ""
+        yield f"<li{urgent}><p><b>{_text(printable(one['title'], 2000))}</b></p>"
+        if one["unknown"]:
+            yield f"<p>cannot be said from this trace: {_text(printable(one['unknown'], 2000))}</p>"
+        if one["severity"] != "fine":
+            yield f"<p>{_text(evidence(one))}</p>" + f'<p class="why">{_text(one["why"])}</p>'
+            if one["command"]:
+                lines = (printable(line, 4096) for line in one["command"].splitlines())
+                yield f"<pre>{_text(chr(10).join(lines))}</pre>"
+        yield "</li>\n"
+    yield "</ul>\n"
 
 
 def _table(name: str, key: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not rows:
         return
     columns = [column for column in rows[0] if not isinstance(rows[0][column], dict | list)]
-    count = f"{len(rows):,} rows"
+    count = several(len(rows), "row")
     if len(rows) > ROWS:
         count = f"the first {ROWS:,} of {count}; all with llmtraced report {name} --json"
-    yield f'<details><summary>{_text(key)}: {count}</summary><div class="rows"><table>\n<thead><tr>'
+    what = _TABLES.get(key, key)
+    yield f'<details><summary>{_text(what)}: {count}</summary><div class="rows"><table>\n<thead><tr>'
     yield "".join(f"<th>{_text(_heading(column))}</th>" for column in columns)
     yield "</tr></thead>\n<tbody>\n"
     for row in rows[:ROWS]:

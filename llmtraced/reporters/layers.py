@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from llmtraced.errors import printable
 from llmtraced.reporters import plots
@@ -12,6 +12,7 @@ from llmtraced.reporters.text import (
     Style,
     bar,
     duration,
+    heading,
     percent,
     several,
     size,
@@ -21,7 +22,8 @@ from llmtraced.reporters.text import (
 
 __all__ = ["draw", "render"]
 
-_TICKS = 26
+_TICKS: Final = 26
+_STEPS: Final = (1, 2, 5, 10, 20, 50, 100)  # layers from one number below the bars to the next
 
 
 def render(report: Mapping[str, Any], top: int, style: Style) -> str:
@@ -31,7 +33,7 @@ def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     ranked = sorted(rows, key=lambda row: (-row["bytes_read"], -row["stall_ns"]))
     listed = {_key(row, by) for row in ranked[:top]}
     shown, rest = [row for row in rows if _key(row, by) in listed], ranked[top:]
-    lines = [style.bold(_headline(report, rows)), *trust(report, style), ""]
+    lines = [*heading(_headline(report, rows), style), *trust(report, style), ""]
     if shown:
         lines += table(shown, _columns(shown, report), style)
     if rest:
@@ -82,8 +84,8 @@ def draw(report: Mapping[str, Any], picture: str, top: int = 25) -> bytes:
 
 def _layer_axis(panels: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Number the layers below the last panel; where there are several models, one follows the other."""
-    every = -(-len(rows) // _TICKS) or 1
-    at = range(0, len(rows), every)
+    every = next(step for step in _STEPS if step * _TICKS >= len(rows) or step == _STEPS[-1])
+    at = [i for i, row in enumerate(rows) if row["layer"] in (None, -1) or row["layer"] % every == 0]
     panels[-1].set_xticks(at, ["-" if rows[i]["layer"] in (None, -1) else str(rows[i]["layer"]) for i in at])
     panels[-1].set_xlim(-0.6, max(len(rows), 1) - 0.4)
     starts = [i for i in range(len(rows)) if i == 0 or rows[i]["model"] != rows[i - 1]["model"]]

@@ -16,6 +16,7 @@ from llmtraced.reporters.text import (
     Style,
     blocks,
     duration,
+    heading,
     several,
     size,
     table,
@@ -33,8 +34,7 @@ _CELLS: Final = 2_000  # columns of the strip: more cannot be told apart
 
 def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     """Return the pattern report; ``top`` classes and ``top`` positions of the sequence are listed."""
-    answer = textwrap.wrap(printable(report["answer"], 2000), style.width)
-    lines = [*map(style.bold, answer), *trust(report, style), ""]
+    lines = [*heading(printable(report["answer"], 2000), style), *trust(report, style), ""]
     known = report["source"] == "ops"
     if known:
         lines += _wrapped(_phases(report), style.width)

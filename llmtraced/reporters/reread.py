@@ -12,6 +12,7 @@ from llmtraced.reporters.text import (
     Style,
     bars,
     duration,
+    heading,
     percent,
     profile,
     several,
@@ -19,6 +20,7 @@ from llmtraced.reporters.text import (
     table,
     tensor_names,
     trust,
+    wrapped,
 )
 
 __all__ = ["draw", "headline", "render", "tensor_columns"]
@@ -28,13 +30,14 @@ def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     """Return the re-read report; ``top`` tensors are listed, the rest is summed up in a line."""
     tensors = [tensor for tensor in report["tensors"] if tensor["bytes_read"] or tensor["access_count"]]
     shown, rest = tensors[:top], tensors[top:]
-    lines = [style.bold(headline(report)), *trust(report, style)]
+    lines = [*heading(headline(report), style), *trust(report, style)]
     if report["away_ns"]:
         away, tokens = report["away_ns"], report["away_tokens"]
-        lines.append(
+        lines += wrapped(
             f"{size(report['returned_bytes'])} came back after an eviction that was seen: half of it within "
             f"{duration(away['p50'])} ({several(tokens['p50'], 'token')}), 90% within {duration(away['p90'])} "
-            f"({several(tokens['p90'], 'token')})"
+            f"({several(tokens['p90'], 'token')})",
+            style,
         )
     lines.append("")
     if shown:
@@ -105,14 +108,15 @@ def _groups(report: Mapping[str, Any], top: int, style: Style) -> list[str]:
     lines = ["", *table(components[:top], _component_columns(components[:top]), style)] if components else []
     layers = [_per_byte(row) for row in report["layers"] if row["layer"] is not None and row["layer"] >= 0]
     if any(row["times"] for row in layers):
-        lines += ["", style.bold("read, times its size, by layer"), profile("layer", layers, "times", _times)]
+        lines += ["", style.bold("read, times its size, by layer"), profile("layer", layers, "times", _times, style)]
     experts = sorted((_per_byte(row) for row in report["experts"]), key=lambda row: -row["times"])
     if experts and experts[0]["times"]:
         ends = ", ".join(
             f"{_times(row['times'])} times layer {row['layer']} expert {row['expert']}" for row in experts[:3]
         )
         middle = _times(experts[len(experts) // 2]["times"])
-        lines.append(f"of {several(len(experts), 'expert')}, the middle one was read {middle} times; most: {ends}")
+        what = f"of {several(len(experts), 'expert')}, the middle one was read {middle} times; most: {ends}"
+        lines += wrapped(what, style)
     return lines
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from llmtraced.errors import printable
 from llmtraced.reporters import plots
@@ -15,6 +15,7 @@ from llmtraced.reporters.text import (
     Style,
     bars,
     duration,
+    heading,
     indented,
     percent,
     profile,
@@ -22,18 +23,21 @@ from llmtraced.reporters.text import (
     size,
     table,
     trust,
+    wrapped,
 )
 from llmtraced.reporters.tokens import pace
 
 __all__ = ["draw", "render"]
+
+_NAMED: Final = 40  # layers that can each be named beside the picture
 
 
 def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     """Return the summary; ``top`` tensors are listed by bytes read and by stall."""
     pairs = [(key, value) for key, value in _facts(report) if value]
     wide = max(len(key) for key, _ in pairs)
-    lines = [f"{style.bold(key.ljust(wide))}  {value}" for key, value in pairs] + [*trust(report, style), ""]
-    lines += [style.bold(headline(report["reread"]))]
+    lines = [line for key, value in pairs for line in _fact(key.ljust(wide), value, style)]
+    lines += [*trust(report, style), "", *heading(headline(report["reread"]), style)]
     lines += [pace(phase) for phase in report["phases"]] + [""]
     total = report["reread"]["total_bytes_read"]
     narrow = replace(style, width=style.width - 2)
@@ -48,16 +52,26 @@ def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     layers = [row for row in report["layers"] if row["layer"] not in (None, -1)]
     if any(row["bytes_read"] or row["stall_ns"] for row in layers):
         lines.append(f"by layer, {layers[0]['layer']} to {layers[-1]['layer']}:")
-        lines += [profile("read", layers, "bytes_read", size)] if any(row["bytes_read"] for row in layers) else []
-        lines += [profile("stall", layers, "stall_ns", duration)] if any(row["stall_ns"] for row in layers) else []
+        shown: Sequence[tuple[str, str, Callable[[float], str]]] = (
+            ("read", "bytes_read", size),
+            ("stall", "stall_ns", duration),
+        )
+        lines += [
+            profile(name, layers, key, show, style) for name, key, show in shown if any(row[key] for row in layers)
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def draw(report: Mapping[str, Any], picture: str, top: int = 0) -> bytes:  # noqa: ARG001 - every layer is drawn
     """Draw, per layer, the bytes read once and again, and beside them the time that threads waited for it."""
     layers = [row for row in report["layers"] if row["bytes_read"] or row["stall_ns"]]
-    names = ["outside layers" if row["layer"] in (None, -1) else str(row["layer"]) for row in layers]
-    figure = plots.canvas(height=1.8 + 0.2 * max(len(layers), 8))
+    step = -(-len(layers) // _NAMED) or 1
+    outside = [row["layer"] in (None, -1) for row in layers]
+    names = [
+        "outside layers" if out else "" if row["layer"] % step or (step > 1 and not row["layer"]) else str(row["layer"])
+        for row, out in zip(layers, outside, strict=True)
+    ]
+    figure = plots.canvas(height=1.8 + 0.2 * min(max(len(layers), 8), _NAMED))
     left, right = figure.subplots(1, 2, sharey=True)
     scale, unit = plots.unit([row["bytes_read"] for row in layers])
     plots.stacked(left, names, layers, scale)
@@ -70,6 +84,13 @@ def draw(report: Mapping[str, Any], picture: str, top: int = 0) -> bytes:  # noq
     if layers:
         plots.legend(right, left)
     return plots.drawn(figure, picture)
+
+
+def _fact(key: str, value: str, style: Style) -> list[str]:
+    """Return a key and its value, which goes on below itself."""
+    margin = " " * (len(key) + 2)
+    first, *others = wrapped(value, style, margin, margin)
+    return [f"{style.bold(key)}{first[len(key) :]}", *others]
 
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:

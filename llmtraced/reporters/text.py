@@ -5,6 +5,7 @@ Every name that came from a model file or another process passes :func:`llmtrace
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,6 +20,7 @@ __all__ = [
     "blocks",
     "cut",
     "duration",
+    "heading",
     "indented",
     "percent",
     "profile",
@@ -28,6 +30,7 @@ __all__ = [
     "tensor_names",
     "three",
     "trust",
+    "wrapped",
 ]
 
 _EIGHTHS: Final = "▏▎▍▌▋▊▉█"
@@ -122,8 +125,20 @@ def trust(report: Mapping[str, Any], style: Style) -> list[str]:
     """Return what every report begins with: whether the account is complete, and the notes."""
     complete = report["verdict"] == "complete"
     account = "account: " + ("complete, nothing was dropped" if complete else printable(report["verdict"]))
-    lines = [account if complete else style.warn(account)]
-    return lines + [style.warn(f"note: {printable(note, 2000)}") for note in report["notes"]]
+    lines = [line if complete else style.warn(line) for line in wrapped(account, style)]
+    notes = [f"note: {printable(note, 2000)}" for note in report["notes"]]
+    return lines + [style.warn(line) for note in notes for line in wrapped(note, style)]
+
+
+def wrapped(words: str, style: Style, first: str = "", rest: str = "  ") -> list[str]:
+    """Return ``words`` in lines that fit the width, led by ``first`` and ``rest``: what goes on is set in."""
+    width = max(style.width, 40)
+    return textwrap.wrap(words, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
+def heading(words: str, style: Style) -> list[str]:
+    """Return the lines of a report's answer, which begins it."""
+    return [style.bold(line) for line in wrapped(words, style)]
 
 
 def indented(lines: Sequence[str]) -> list[str]:
@@ -131,11 +146,19 @@ def indented(lines: Sequence[str]) -> list[str]:
     return ["  " + line for line in lines]
 
 
-def profile(title: str, rows: Sequence[Mapping[str, Any]], key: str, show: Callable[[float], str]) -> str:
-    """Return one line: a block as high as each row's share of the largest, and the range."""
+def profile(title: str, rows: Sequence[Mapping[str, Any]], key: str, show: Callable[[float], str], style: Style) -> str:
+    """Return one line: a block as high as each row's share of the largest, and the range.
+
+    Where there are more rows than fit, a block is the largest of several, and the line says of how many.
+    """
     values = [row[key] for row in rows]
     most = max(values) or 1
-    return f"  {title:5}  {blocks(values, most)}  {show(min(values))} to {show(max(values))}"
+    head, tail = f"  {title:5}  ", f"  {show(min(values))} to {show(max(values))}"
+    each = -(-len(values) // max(style.width - len(head) - len(tail), 1))
+    if each > 1:
+        each = -(-len(values) // max(style.width - len(head) - len(tail) - len(", 99 a block"), 10))
+        tail += f", {each} a block"
+    return head + blocks([max(values[at : at + each]) for at in range(0, len(values), each)], most) + tail
 
 
 def blocks(values: Sequence[float], most: float) -> str:

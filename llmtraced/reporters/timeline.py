@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from textwrap import wrap
 from typing import Any, Final
 
 import numpy as np
@@ -13,18 +12,18 @@ from llmtraced.analysis.timeline import CLASSES, COLUMNS, RESUMED
 from llmtraced.reporters import plots
 from llmtraced.reporters.grid import Floats, chunks, grid, merged, offsets
 from llmtraced.reporters.heatmap import offset_ticks
-from llmtraced.reporters.text import Column, Style, duration, percent, several, size, table, trust
+from llmtraced.reporters.text import Column, Style, duration, heading, percent, several, size, table, trust, wrapped
 
 __all__ = ["draw", "render"]
 
 _HEIGHTS: Final = " ▁▂▃▄▅▆▇█"
-_COLOURS: Final = (plots.ONCE, "#9ecae9", plots.STALL, "#7b2d6b")
-_SHADED: Final = {"prompt": plots.PROMPT, "load": "#f3e8d8"}
+_COLOURS: Final = (plots.ONCE, "#9ecae9", plots.STALL, "#9b3f87")
+_SHADED: Final = {"prompt": plots.PROMPT, "load": "#c98a2b30"}
 
 
 def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     """Return the timeline; the map of what was read when takes about ``top`` lines."""
-    lines = [style.bold(_headline(report)), *trust(report, style), ""]
+    lines = [*heading(_headline(report), style), *trust(report, style), ""]
     if not report["total"]["count"]:
         return "\n".join(lines).rstrip() + "\n"
     rows = [
@@ -34,7 +33,7 @@ def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     ]
     lines += [*table(rows, _COLUMNS, style), ""]
     if report["total"]["resumed_count"]:
-        lines += [*wrap(_resumed(report["total"]), style.width), ""]
+        lines += [*wrapped(_resumed(report["total"]), style), ""]
     spans = offsets(report["map"]["rows"], top)[::-1]
     margin = max(len("sequential"), *(len(label) for label, *_ in spans))
     room = max(style.width - margin - 1, 10)
@@ -54,7 +53,7 @@ def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     ends = report["bins"][-1]["last_ns"] + 1 - report["bins"][0]["first_ns"]
     lines += grid([label.rjust(margin) for label, *_ in spans], rate, ["0 s", "", duration(ends)], _rate, style)
     caption = "above: share of the bytes in each class; below: bytes read per second, by offset in the file"
-    lines += wrap(caption, style.width)
+    lines += wrapped(caption, style)
     return "\n".join(lines) + "\n"
 
 
@@ -78,7 +77,7 @@ def draw(report: Mapping[str, Any], picture: str, top: int = 0) -> bytes:  # noq
         image = upper.imshow(
             token,
             aspect="auto",
-            cmap=ListedColormap(colormaps["viridis"](np.linspace(0.1, 0.92, 256))),  # its ends vanish in the page
+            cmap=ListedColormap(colormaps["viridis"](np.linspace(0.2, 0.92, 256))),  # its ends vanish in the page
             interpolation="nearest",
             origin="lower",
             extent=(0, width, -0.5, len(chart["rows"]) - 0.5),

@@ -14,6 +14,7 @@ from llmtraced.reporters.text import (
     Style,
     bar,
     duration,
+    heading,
     percent,
     several,
     size,
@@ -30,7 +31,7 @@ _PARTS: Final = {
     "compute_ns": (plots.REST, "computing"),
     "mapping_ns": ("#9ecae1", "mapping"),
     "wait_ns": (plots.STALL, "waiting"),
-    "hard_read_ns": ("#7f2704", "hard reads"),
+    "hard_read_ns": ("#a63603", "hard reads"),
     "unknown_ns": ("#e5e5e5", "not known"),
 }
 _WORDS: Final = {
@@ -39,7 +40,7 @@ _WORDS: Final = {
     "wait_ns": "waiting for a read already under way",
     "hard_read_ns": "in major faults: reading from disk",
 }
-_CAUSES: Final = dict(zip(CAUSES, ("#7f2704", plots.ONCE, "#009e73", "#e69f00", "#999999"), strict=True))
+_CAUSES: Final = dict(zip(CAUSES, ("#a63603", plots.ONCE, "#009e73", "#e69f00", "#999999"), strict=True))
 _COUNT: Final = "{:,.0f}".format
 _SPREAD: Final = (
     ("duration", "duration_ns", duration),
@@ -56,7 +57,7 @@ _SPREAD: Final = (
 
 def render(report: Mapping[str, Any], top: int, style: Style) -> str:
     """Return the tokens report: the spread per phase, then the ``top`` slowest tokens in order of time."""
-    lines = [style.bold(_headline(report)), *trust(report, style), ""]
+    lines = [*heading(_headline(report), style), *trust(report, style), ""]
     for phase in report["phases"]:
         lines.append(style.bold(pace(phase)))
         if went := _went(phase):

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import polars as pl
 
-from llmtraced.analysis.trace import Trace, collect
+from llmtraced.analysis.trace import Trace, collect, verdict
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.schema import CAUSES
 
@@ -51,7 +51,13 @@ def trace_events(
 
 
 def _pieces(trace: Trace, tokens: tuple[int, int] | None, phase: str | None) -> Iterator[bytes]:
-    about = {"session": trace.session, "clock": "CLOCK_MONOTONIC", "begins_ns": trace.first_ns or 0}
+    about = {
+        "session": trace.session,
+        "clock": "CLOCK_MONOTONIC",
+        "begins_ns": trace.first_ns or 0,
+        "account": verdict(trace.account),
+        "notes": list(trace.notes),
+    }
     yield f'{{"displayTimeUnit":"ms","otherData":{json.dumps(about)},"traceEvents":[\n'.encode()
     yield ",\n".join(_named(trace, tokens, phase)).encode()
     for events in _events(trace, tokens, phase):

@@ -437,7 +437,7 @@ def test_text_and_pictures(trace: Builder) -> None:
     move(trace, (2_000_200, "add", EVIL, 0, 512), cause="readahead", token=4)
     fault(trace, (110, 3, 5))
     opened = open_trace(trace.path)
-    text = drawn_and_printed(cache(opened), reread(opened))
+    text = " ".join(drawn_and_printed(cache(opened), reread(opened)).split())
     assert (
         "6.30 MB came into the page cache, 4.20 MB went out; 50.0% of it left without having been used, 48.4% perhaps"
         in text

@@ -278,7 +278,7 @@ def test_the_terminal_joins_layers_and_keeps_sums(trace: Builder) -> None:
         )
         trace.adds((f"blk.{layer}.x.weight", layer * 8192, 1000 if layer == 29 else 400), token=1)
     report = heatmap(open_trace(trace.path))
-    by_layer, joined = (render(report, top, Style(80)).splitlines()[3:] for top in (30, 5))
+    by_layer, joined = (render(report, top, Style(100)).splitlines()[3:] for top in (30, 5))
     assert [line.split()[0] for line in by_layer[:30]] == [str(layer) for layer in range(30)]
     assert [line.split()[0] for line in joined[:5]] == ["0-5", "6-11", "12-17", "18-23", "24-29"]
     assert "██ to 1.00 kB" in by_layer[31]

@@ -234,10 +234,11 @@ def test_text_and_pictures(trace: Builder) -> None:
     trace.write("tokens", [{"token": 1, "start_ns": 0, "end_ns": 8 * second, "phase": "prompt"}])
     report = timeline(open_trace(trace.path))
     text = render(report, 10, Style(80))
-    assert "prompt: 4.68 kB at a stretch on average, 7 jumps; 12.5% of the bytes come right behind" in text
-    assert "85.7% of the jumps (75.0% of the bytes) go on where one of the 4 stretches" in text
+    words = " ".join(text.split())
+    assert "prompt: 4.68 kB at a stretch on average, 7 jumps; 12.5% of the bytes come right behind those" in words
+    assert "85.7% of the jumps (75.0% of the bytes) go on where one of the 4 stretches before ended" in words
     assert text.replace("\n", "").isprintable()
-    assert max(map(len, text[text.index("phase ") :].splitlines())) <= 80
+    assert max(map(len, text.splitlines())) <= 80
     assert draw(report, "png").startswith(b"\x89PNG")
     assert b"<svg" in draw(report, "svg")
     assert b"<svg" in draw(report, "web")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from test_analysis_trace import Builder
 
+from llmtraced.analysis.advise import advise
 from llmtraced.analysis.trace import open_trace
 from llmtraced.commands import main
 from llmtraced.reporters import html
@@ -109,6 +110,21 @@ def test_pictures_take_the_page_s_ink(trace: Builder) -> None:
     assert "currentColor" in page
     assert not re.search(r"(fill|stroke): ?#000000", page)
     assert "prefers-color-scheme: dark" in page
+    assert re.search(r"\.wide svg \{[^}]*fill: currentColor", page)  # text that has no colour of its own
+
+
+def test_advice_is_on_the_page_in_full(trace: Builder) -> None:
+    page = "".join(html.page(open_trace(trace.path)))
+    findings = page[page.index('<ul class="findings">') : page.index("</ul>")]
+    assert findings.count("<li") == len(advise(open_trace(trace.path))["findings"])
+    assert "<pre>" in findings
+
+
+def test_lines_that_go_on_are_joined_for_the_page_wraps_by_itself(trace: Builder) -> None:
+    page = "".join(html.page(open_trace(trace.path)))
+    answers = re.findall(r'<p class="answer">(.*?)</p>', page, re.DOTALL)
+    assert answers
+    assert not [answer for answer in answers if "\n  " in answer]
 
 
 def test_an_empty_trace_makes_a_page(tmp_path: Path) -> None:
