@@ -228,9 +228,23 @@ def _complete(
     )
     values = [_text(pl.col(arg)) if rows.schema[arg] == pl.String else _number(arg) for arg in args]
     since = _micros(began - (trace.first_ns or 0))
-    return rows.select(
-        _filled(text, name, since, _micros(lasted.fill_null(0)), thread.fill_null(0), *values)
-    ).to_series()
+    rows = rows.with_columns(_lasted(rows, began, lasted, thread))
+    return rows.select(_filled(text, name, since, _micros(pl.col("_lasted")), thread.fill_null(0), *values)).to_series()
+
+
+def _lasted(rows: pl.DataFrame, began: pl.Expr, lasted: pl.Expr, thread: pl.Expr) -> pl.Series:
+    """Return the durations, 1 ns shorter where an event ends as the next one of its thread begins.
+
+    Viewers add ``ts`` and ``dur`` as floating-point numbers. Where the sum is a little above the next ``ts``, they
+    take the next event to lie within this one, or leave this one open to the end (speedscope 1.25).
+    """
+    order = ("thread", "began")
+    at = rows.select(began.alias("began"), lasted.fill_null(0).alias("_lasted"), thread.fill_null(0).alias("thread"))
+    following = pl.col("began").shift(-1).over("thread")
+    touches = (pl.col("began") + pl.col("_lasted") == following) & (pl.col("_lasted") > 0)
+    sorted_ = at.with_row_index("row").sort(*order, maintain_order=True)
+    shorter = sorted_.with_columns(pl.col("_lasted") - touches.fill_null(False).cast(pl.Int64))
+    return shorter.sort("row").get_column("_lasted")
 
 
 def _filled(text: str, *values: pl.Expr) -> pl.Expr:

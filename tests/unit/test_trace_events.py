@@ -1,6 +1,7 @@
 """Chrome trace events: valid JSON, exact times, every row; hostile names; and no silent end."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,77 @@ def test_tokens_layers_operators_and_faults_with_exact_times(trace: Builder) -> 
     ]
     assert faults[0]["args"] == {"token": 1, "tensor_name": EVIL, "offset_bytes": 12, "expert": -1, "major": True}
     assert (faults[1]["args"]["offset_bytes"], faults[2]["args"]["major"]) == (1 << 40, None)
+
+
+def checked(text: bytes) -> dict[tuple[int, int], int]:
+    """Check that it is what the format says, read with floating-point numbers as viewers do; return events by track."""
+    document = json.loads(text)
+    assert set(document) == {"displayTimeUnit", "otherData", "traceEvents"}
+    assert document["displayTimeUnit"] in ("ms", "ns")
+    tracks: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
+    counters: dict[tuple[int, str], list[float]] = defaultdict(list)
+    named = set()
+    for event in document["traceEvents"]:
+        assert isinstance(event["name"], str)
+        assert type(event["pid"]) is type(event["tid"]) is int
+        track = (event["pid"], event["tid"])
+        if event["ph"] == "M":
+            (value,) = event["args"].values()
+            kinds = {"process_name": str, "thread_name": str, "process_sort_index": int}
+            assert type(value) is kinds[event["name"]]
+            assert (event["name"], *track) not in named
+            named.add((event["name"], *track))
+            continue
+        assert event["ts"] >= 0
+        if event["ph"] == "C":
+            assert all(type(value) is int and value >= 0 for value in event["args"].values())
+            counters[event["pid"], event["name"]].append(event["ts"])
+            continue
+        assert event["ph"] == "X"
+        assert event["dur"] >= 0
+        assert event["cat"]
+        assert ("thread_name", *track) in named
+        assert ("process_name", event["pid"], 0) in named
+        tracks[track].append((event["ts"], event["ts"] + event["dur"]))
+    for found in tracks.values():  # one lies within another of its track, or they are apart
+        within: list[float] = []
+        for began, ended in sorted(found, key=lambda span: (span[0], -span[1])):
+            while within and within[-1] <= began:
+                within.pop()
+            assert not within or ended <= within[-1]
+            within.append(ended)
+    for times in counters.values():
+        assert times == sorted(set(times))
+    return {track: len(found) for track, found in tracks.items()}
+
+
+def test_it_is_what_the_format_says(trace: Builder) -> None:
+    expected = {(1, 1): 2, (2, 7): 4, (3, 7): 6, (4, 1): 2, (4, 2): 1}
+    assert checked(b"".join(trace_events(open_trace(trace.path)))) == expected
+
+
+def test_events_that_touch_do_not_overlap_in_floating_point(tmp_path: Path) -> None:
+    build = Builder(tmp_path / "trace")
+    build.tensor(("t", 0, 1), layer=0)
+    rows, at = [], START
+    for i in range(2000):
+        duration = 1 + i * 7919 % 100_003
+        rows.append({"timestamp": at, "tensor_name": "t", "duration_ns": duration, "thread": 7, "token": 1 + i // 100})
+        at += duration
+    build.write("ops", rows)
+    build.write(
+        "faults",
+        [
+            {"timestamp": row["timestamp"], "latency_ns": row["duration_ns"], "thread": 1 + i % 2}
+            for i, row in enumerate(rows)
+        ],
+    )
+    text = b"".join(trace_events(open_trace(build.path)))
+    assert checked(text) == {(2, 7): 20, (3, 7): 2000, (4, 1): 1000, (4, 2): 1000}
+    ops = [event for event in json.loads(text)["traceEvents"] if event.get("cat") == "op"]
+    assert [round(event["dur"] * 1000) for event in ops[:-1]] == [row["duration_ns"] - 1 for row in rows[:-1]]
+    faults = [event for event in json.loads(text)["traceEvents"] if event.get("cat") == "fault"]
+    assert [round(event["dur"] * 1000) for event in faults] == [row["duration_ns"] for row in rows]
 
 
 def test_reads_are_a_counter_that_falls_to_zero(trace: Builder) -> None:
