@@ -1,7 +1,19 @@
 """Answer a question from a trace folder.
 
-Needs neither root nor the model; it reads Parquet only, also while the trace is still being written.
-The fields are explained in docs/reports.md.
+Needs neither root nor the model: it reads Parquet only, also while the trace
+is still being written. What begins with `account` says whether the trace is
+complete; figures of a lossy one are lower bounds.
+
+  llmtraced report summary trace                  the first look
+  llmtraced report advise trace                   what to do about it
+  llmtraced report tokens trace --phase decode --plot tokens.png
+  llmtraced report heatmap trace --value stall --order layer
+  llmtraced report reread trace --json -o reread.json
+  llmtraced report html trace -o trace.html
+  llmtraced report trace-events trace --token 20:30 -o tokens.json
+
+docs/reports.md explains every figure, how it is computed, and what it cannot
+say.
 """
 
 from __future__ import annotations
@@ -12,6 +24,7 @@ import logging
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -37,7 +50,11 @@ FORMS: Final = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     asks = {name: question.asks for name, question in QUESTIONS.items()} | FORMS
-    listed = "\n".join(f"  {name:13}{what}" for name, what in asks.items())
+    width = min(shutil.get_terminal_size((80, 24)).columns, 120)
+    listed = "\n".join(
+        textwrap.fill(f"  {name:13}{what}", width, subsequent_indent=" " * 15, break_on_hyphens=False)
+        for name, what in asks.items()
+    )
     parser.description = (__doc__ or "").replace("\n\n", f"\n\n{listed}\n\n", 1)
     parser.add_argument("name", metavar="NAME", choices=asks, help="one of those above")
     parser.add_argument("trace", metavar="TRACE", type=Path, help="trace folder")

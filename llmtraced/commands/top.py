@@ -1,11 +1,17 @@
-"""Watch servers in the terminal: tokens/s, stalls, bytes/s by cause, the hottest tensors, what is in RAM.
+"""Watch servers in the terminal: what they wait for, and read, right now.
 
-  llmtraced top                 from the daemon, where one runs; else by tracing by itself (root)
+  llmtraced top                 from the daemon, where one runs;
+                                else by tracing by itself (root)
   llmtraced top --pid 1234      that process only
   llmtraced top --once          one screen after one interval, as plain text
 
-Keys: t l c show tensors, layers, components; r s f e n sort by bytes read, stall, faults, share in RAM, name; arrows
-scroll and choose the process; p pauses, q quits. docs/top.md explains every figure. Nothing is recorded.
+  t l c     tensors, layers, components
+  r s f e   sort by bytes read, stall, faults, share in RAM; n by name
+  a v m z   sort by bytes read again, bytes evicted, major faults, size
+  arrows    scroll, and choose the process
+  p q       pause, quit
+
+Nothing is recorded. docs/top.md explains every figure.
 """
 
 from __future__ import annotations

@@ -245,6 +245,6 @@ def _below(report: Mapping[str, Any]) -> list[str]:
 
 def _across(report: Mapping[str, Any]) -> str:
     if report["by"] == "time":
-        return "seconds since the first of them"
+        return f"seconds since the first {'read' if report['value'] == 'bytes' else 'page fault'}"
     most = max((column["last_token"] - column["first_token"] + 1 for column in report["columns"]), default=1)
     return "token (graph evaluation)" + (f", {several(most, 'token')} in a column" if most > 1 else "")

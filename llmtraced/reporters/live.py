@@ -38,7 +38,7 @@ class _Column:
     order: Callable[[Row], float]
 
 
-# In the order of the screen; where there is no room, the last ones go.
+# In the order of the screen; where there is no room, the last ones go, but for the one that it is sorted by.
 _COLUMNS: Final = {
     "r": _Column("read/s", 8, lambda r: text.size(r["read_bytes"]), lambda r: r["read_bytes"]),
     "s": _Column("stall/s", 8, lambda r: text.duration(r["fault_seconds"] * 1e9), lambda r: r["fault_seconds"]),
@@ -161,13 +161,10 @@ def _head(
     read, again, evicted, major, minor = (sums[COUNTERS.index(c)] for c in COUNTERS[:5])
     per = {phase: recent.tokens[PHASES.index(phase)] / recent.seconds for phase in ("decode", "prompt")}
     stall = recent.stall_share
-    second = Text.assemble(
-        (f"{_few(per['decode'])} tokens/s", "bold"),
-        f" (prompt {_few(per['prompt'])}/s)  stalled ",
-        (f"{stall:4.0%} ", "bold"),
-        (text.bar(stall, 10), "red"),
-        f"  {major + minor:,.0f} faults/s ({major:,.0f} major)",
-    )
+    pace, prompt = f"{_few(per['decode'])} tokens/s", f" (prompt {_few(per['prompt'])}/s)  stalled "
+    share, faults = f"{stall:4.0%} ", f"  {major + minor:,.0f} faults/s ({major:,.0f} major)"
+    cells = min(max(width - len(pace + prompt + share + faults), 0), 10)  # figures come before the bar
+    second = Text.assemble((pace, "bold"), prompt, (share, "bold"), (text.bar(stall, cells), "red"), faults)
     third = f"read {text.size(read)}/s, {_share(again, read)} of it again  evicted {text.size(evicted)}/s"
     if totals.resident:
         here, size = np.array(list(totals.resident.values())).sum(axis=0)
@@ -301,7 +298,7 @@ def _natural(row: Row) -> list[tuple[int, str]]:
 def _table(rows: Sequence[Row], view: View, width: int, height: int) -> list[Text]:
     columns = list(_COLUMNS.items())
     while columns and width - sum(c.width + 1 for _, c in columns) < min(_LEAST_NAME + 8 * (len(columns) > 4), width):
-        columns.pop()
+        columns.pop(-2 if columns[-1][0] == view.sort and len(columns) > 1 else -1)  # what it is sorted by stays
     room = max(width - sum(c.width + 1 for _, c in columns), 0)
 
     def line(name: str, cells: Sequence[str]) -> str:

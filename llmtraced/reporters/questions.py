@@ -154,7 +154,7 @@ QUESTIONS: Final[Mapping[str, Question]] = {
         ("phases",),
         options={
             "bins": Option(200, "bins of time", parse=int),
-            "small_gap": Option(timeline.SMALL_GAP, "the largest small gap", parse=size),
+            "small_gap": Option(timeline.SMALL_GAP, "the largest small gap, in bytes or such as 64K", parse=size),
         },
     ),
     "layers": Question(

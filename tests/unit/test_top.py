@@ -600,3 +600,19 @@ def test_intervals_that_are_none(word: str, capsys: pytest.CaptureFixture[str]) 
 def test_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", "--url", "http://127.0.0.1:1/metrics"]) == 1
     assert capsys.readouterr().err.startswith("llmtraced: no daemon answers at http://127.0.0.1:1/metrics")
+
+
+def test_the_column_that_it_is_sorted_by_is_always_there() -> None:
+    for key, title in SORTS.items():
+        heading = next(
+            line.plain for line in screen(lived(process()), View(sort=key), 80, 24) if line.plain.startswith("tensors")
+        )
+        assert f"{'tensors' if key == 'n' else title}{'▲' if key == 'n' else '▼'}" in heading
+
+
+def test_figures_are_whole_at_80_columns() -> None:
+    busy = process(tokens=np.array([0, 12.0, 31.0, 0]))
+    busy = replace(busy, counters=busy.counters * [1, 1, 1, 40, 90, 1], stall_seconds=0.69)
+    second = screen(lived(busy), View(), 80, 24)[1].plain
+    assert second.rstrip().endswith("major)")
+    assert len(second) == 80
