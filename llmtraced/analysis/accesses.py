@@ -16,6 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from llmtraced.analysis.choices import Choices
+from llmtraced.analysis.columns import ahead
 from llmtraced.analysis.trace import Trace, collect
 
 __all__ = ["FACTOR", "SOURCES", "Weights", "fingerprints", "name_hash", "source"]
@@ -97,14 +98,7 @@ class Weights:
             tokens: only these.
         """
         held: pl.DataFrame | None = None
-        pieces = [self._trace.table(self._table, self._phase)]
-        for piece in self._trace.slices(self._table, self._phase, rows=_ROWS) if tokens is None else pieces:
-            chosen = _of_weights(piece, self._table)
-            if tokens is not None:
-                chosen = chosen.filter(pl.col("token").is_in(list(tokens)))
-            columns = ("token", "timestamp", "phase", "model", "tensor_name")
-            extra = ("op", "bytes_accessed") if self._table == "ops" else ()
-            rows = collect(chosen.select(*columns, *extra))
+        for rows in ahead(self._read(tokens)):
             if not rows.height:
                 continue
             rows = self._numbered(rows)
@@ -118,6 +112,16 @@ class Weights:
                 yield done
         if held is not None and held.height:
             yield held
+
+    def _read(self, tokens: Sequence[int] | None) -> Iterator[pl.DataFrame]:
+        whole = [self._trace.table(self._table, self._phase)]
+        for piece in self._trace.slices(self._table, self._phase, rows=_ROWS) if tokens is None else whole:
+            chosen = _of_weights(piece, self._table)
+            if tokens is not None:
+                chosen = chosen.filter(pl.col("token").is_in(list(tokens)))
+            columns = ("token", "timestamp", "phase", "model", "tensor_name")
+            extra = ("op", "bytes_accessed") if self._table == "ops" else ()
+            yield collect(chosen.select(*columns, *extra))
 
     def per_token(self, rank: Ints | None = None) -> pl.DataFrame:
         """Return one row a token: token, phase, length, bytes, unsized, fingerprint, agreement.

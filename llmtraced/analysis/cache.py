@@ -10,7 +10,8 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from llmtraced.analysis.pages import Ints, Pages, Steps
+from llmtraced.analysis.columns import Ints
+from llmtraced.analysis.pages import Marks, Pages, Rows, Steps
 from llmtraced.analysis.touches import Evidence
 from llmtraced.analysis.trace import Trace, collect, verdict
 from llmtraced.schema import CAUSES, PHASES
@@ -39,7 +40,8 @@ def cache(trace: Trace, phase: str | None = None) -> dict[str, Any]:
     span = _span(trace, phase)
     pages = Pages(trace, phase)
     tally = _Tally(trace, pages, span)
-    for steps in pages.steps(blocks=True):
+    for seen, steps in pages.steps(tally.look):
+        tally.add(seen)
         tally.take(steps)
     tally.finish(pages.resident())
     moved = collect(
@@ -89,42 +91,71 @@ class _Tally:
         self.fates = np.zeros((tensors, len(CAUSES), len(FATES)), np.int64)
         self.moves = np.zeros((len(CAUSES) + 1, count), np.int64)  # in by cause, then out
         self.resident = np.zeros((tensors, count), np.int64)  # at the end of each bin, once finished
-        self._area = np.zeros(tensors)  # byte x ns
+        self._area = np.zeros((2, tensors), np.int64)  # bytes x ns: in 2^16 ns, and what is below that
         self.before = np.zeros(tensors, np.int64)
         self.evicted = np.zeros(tensors, np.int64)
         self.astray = 0
 
+    def look(self, rows: Rows) -> tuple[Ints, Ints, Ints, Ints]:
+        """Sum up rows as if each changed something; may run in several threads."""
+        nbytes, mark = rows.end - rows.begin, Marks(rows.mark)
+        added, counted = mark.added, np.where(mark.counted, nbytes, 0)
+        evicted, moves = np.zeros_like(self.evicted), np.zeros_like(self.moves)
+        gone = np.flatnonzero(~added)
+        _add(evicted, rows.tensor[gone], counted[gone])
+        here = self._bin(mark.time)
+        _add(moves, np.where(added, mark.cause, len(CAUSES)) * self._count + here, counted)
+        return evicted, moves, *self._changes(rows.tensor, np.where(added, nbytes, -nbytes), mark.time)
+
+    def add(self, seen: tuple[Ints, Ints, Ints, Ints]) -> None:
+        """Take in what :meth:`look` found."""
+        for to, more in zip((self.evicted, self.moves, self.resident, self._area), seen, strict=True):
+            to += more
+
     def take(self, steps: Steps) -> None:
-        """Take in some steps, in order of time."""
-        now, nbytes, added = steps.now, steps.nbytes, steps.now.added
-        known, came = steps.past.known, steps.past.known & steps.past.added
-        counted = np.where(now.counted, nbytes, 0)
-        here = (np.clip(now.time, self._start, self._end) - self._start) // self._width
-        _add(self.evicted, steps.tensor, np.where(added, 0, counted))
-        _add(self.moves, np.where(added, now.cause, len(CAUSES)) * self._count + here, counted)
+        """Take in some steps, in order of time from call to call."""
+        now, past = steps.now.packed, steps.past.packed
+        added, came, known = now & 1 == 1, (past >= 0) & (past & 1 == 1), past >= 0
+        astray = steps.only(np.flatnonzero(known & (added == came)))
+        if astray.row.size:
+            nbytes = astray.nbytes
+            self.astray += int(nbytes.sum())
+            back = np.where(astray.now.added, -nbytes, nbytes)  # nothing changed
+            for to, more in zip(
+                (self.resident, self._area), self._changes(astray.tensor, back, astray.now.time), strict=True
+            ):
+                to += more
+        early = steps.only(np.flatnonzero(~added & ~known))  # goes, and was not seen to come
+        _add(self.before, early.tensor, early.nbytes)
+        lost = steps.only(np.flatnonzero(added & came))  # its eviction was not seen, or not in order
+        self._decide(lost, np.full(lost.row.size, _UNKNOWN))
+        self._judge(steps.only(np.flatnonzero(~added & came)), _WASTED)
 
-        change = np.where(added, np.where(came, 0, nbytes), np.where(known & ~came, 0, -nbytes))
-        change[now.time > self._end] = 0
-        _add(self.resident, steps.tensor * self._count + here, change)
-        left = (self._end - np.clip(now.time, self._start, self._end)).astype(float)
-        self._area += np.bincount(steps.tensor, change * left, self._area.size)
+    def _bin(self, time: Ints) -> Ints:
+        return (np.clip(time, self._start, self._end) - self._start) // self._width
 
-        early = np.flatnonzero(~added & ~known)  # goes, and was not seen to come
-        _add(self.before, steps.tensor[early], nbytes[early])
-        self.astray += int(nbytes[known & (added == came)].sum())
-        lost = steps.only(added & came)  # its eviction was not seen, or not in order
-        self._decide(lost, np.full(lost.nbytes.size, _UNKNOWN))
-        self._decide(*self._judged(steps.only(~added & came), _WASTED))
+    def _changes(self, tensor: Ints, change: Ints, time: Ints) -> tuple[Ints, Ints]:
+        """Return what changes in the cache by tensor and bin, and by tensor times the time that is left."""
+        if int(time.max(initial=-1)) > self._end:
+            change = np.where(time > self._end, 0, change)
+        resident, area = np.zeros_like(self.resident), np.zeros_like(self._area)
+        _add(resident, tensor * self._count + self._bin(time), change)
+        left = self._end - np.clip(time, self._start, self._end)
+        _add(area[0], tensor, change * (left >> 16))
+        _add(area[1], tensor, change * (left & 0xFFFF))
+        return resident, area
 
     def finish(self, still: Steps) -> None:
         """Take in what is in the cache at the end."""
-        self._decide(*self._judged(still, _PENDING))
+        self._judge(still, _PENDING)
         self.resident[:, 0] += self.before
         self.resident = self.resident.cumsum(1)
 
     def mean(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Return the mean over time of the bytes of each tensor in the cache."""
-        return self.before + self._area / max(self._end - self._start, 1)
+        span = max(self._end - self._start, 1)
+        area = [(high << 16) + low for high, low in zip(*self._area.tolist(), strict=True)]
+        return np.array([before + one / span for before, one in zip(self.before.tolist(), area, strict=True)])
 
     def causes(self) -> list[dict[str, Any]]:
         """Return what came in, and what became of it, by cause; most first."""
@@ -173,12 +204,15 @@ class _Tally:
             )
         return rows
 
-    def _judged(self, steps: Steps, unused: int) -> tuple[Steps, Ints]:
-        """Return the steps and the fate of their pages, which came in when they did before and leave now."""
-        used, may = self._evidence.weigh(steps)
-        came = steps.past
-        hidden = may | came.loading | ~_MAPPED[came.cause] | (not self._seen)
-        return steps, np.where(used, _USED, np.where(hidden & (unused == _WASTED), _UNKNOWN, unused))
+    def _judge(self, steps: Steps, unused: int) -> None:
+        """Decide on pages that came in when they did before and leave now."""
+        for some, used, may in self._evidence.weigh(steps):
+            if used.all():
+                self._decide(some, np.full(used.size, _USED))
+                continue
+            came = some.past
+            hidden = may | came.loading | ~_MAPPED[came.cause] | (not self._seen)
+            self._decide(some, np.where(used, _USED, np.where(hidden & (unused == _WASTED), _UNKNOWN, unused)))
 
     def _decide(self, steps: Steps, fate: Ints) -> None:
         came = steps.past

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from llmtraced.analysis import replay
 from llmtraced.analysis.coactivation import coactivation
-from llmtraced.analysis.reread import fresh_bytes
+from llmtraced.analysis.pages import Pages
+from llmtraced.analysis.reads import Reads, faults
 from llmtraced.analysis.routing import Accesses, Gaps, Layer, Routing, chance, load, spread, use
 from llmtraced.analysis.trace import Trace, collect, verdict
 from llmtraced.errors import USAGE, LlmtracedError
@@ -42,7 +43,6 @@ _COLUMNS: Final = 100
 _POINTS: Final = 256  # of the LRU curve
 _REPEATS: Final = {"repeat_next": 1, "repeat_8": 8}
 _COSTS: Final = ("bytes_read", "reread_bytes", "major_faults", "minor_faults", "stall_ns")
-_RANGE: Final = ("model", "shard", "tensor_name", "expert", "offset_bytes", "bytes")
 _NAMED: Final = ("layer", "expert", "selections", "share", "bytes", "rank")
 
 
@@ -163,47 +163,20 @@ def _costs(
     """Return :data:`_COSTS` by slice, and the bytes that were read in phase ``order``."""
     if not routing.n:
         return {name: np.zeros(0, np.int64) for name in _COSTS}, 0
-    wanted = None if order is None else pl.col("phase") == order
-    found: list[pl.LazyFrame] = []
-    for piece in trace.slices("pagecache", phase):  # as in reread: memory goes with the model, not with the trace
-        adds = piece.filter((pl.col("action") == "add") & (pl.col("expert") >= 0)).select(
-            *_RANGE,
-            reads=pl.lit(1, pl.Int64),
-            ordered=pl.lit(1, pl.Int64) if wanted is None else wanted.cast(pl.Int64).fill_null(0),
-        )
-        found = [collect(pl.concat([*found, adds]).group_by(_RANGE).agg(pl.col("reads", "ordered").sum())).lazy()]
-    key = ("model", "tensor_name", "expert")
-    size = pl.col("bytes")
-    reads = (
-        fresh_bytes(found[0])
-        .group_by(key)
-        .agg(
-            bytes_read=(size * pl.col("reads")).sum(),
-            reread_bytes=(size * pl.col("reads")).sum() - pl.col("fresh").sum(),
-            ordered_bytes=(size * pl.col("ordered")).sum(),
-        )
-    )
-    major = pl.col("major")
-    faults = (
-        trace.table("faults", phase)
-        .filter(pl.col("expert") >= 0)
-        .group_by(key)
-        .agg(
-            major_faults=major.sum().cast(pl.Int64),
-            minor_faults=(~major).sum().cast(pl.Int64),
-            stall_ns=pl.col("latency_ns").sum(),
-        )
-    )
+    pages = Pages(trace, phase, order)
+    summed = Reads(pages)
+    for seen in pages.rows(summed.look):
+        summed.add(seen)
+    reads = summed.by_expert().with_columns(reread_bytes=pl.col("bytes_read") - pl.col("unique_bytes"))
     bases = pl.DataFrame(
         {"layer": [one.number for one in routing.layers], "base": routing.base},
         schema={"layer": pl.Int32, "base": pl.Int64},
     )
     owned = tensors.select("model", "tensor_name", "layer", "n_experts").join(bases, on="layer")
     costs = {name: np.zeros(routing.n, np.int64) for name in (*_COSTS, "ordered_bytes")}
-    for query in (reads, faults):
-        names = pl.col("model", "tensor_name").cast(pl.String)
-        rows = collect(query.with_columns(names)).join(owned, on=("model", "tensor_name"))
-        rows = rows.filter(pl.col("expert") < pl.col("n_experts"))
+    for found in (reads, faults(trace, phase)):
+        rows = found.join(owned, on=("model", "tensor_name"))
+        rows = rows.filter((pl.col("expert") >= 0) & (pl.col("expert") < pl.col("n_experts")))
         slices = (rows["base"] + rows["expert"]).to_numpy()
         for name in set(costs) & set(rows.columns):
             np.add.at(costs[name], slices, rows[name].fill_null(0).to_numpy())

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from typing import Any, Final, TypedDict, cast
 
+import numpy as np
 import polars as pl
 
 from llmtraced.analysis.pages import Pages
+from llmtraced.analysis.reads import Reads, faults
 from llmtraced.analysis.spread import Spread
 from llmtraced.analysis.trace import Trace, collect, verdict
 
-__all__ = ["Reread", "TensorReads", "fresh_bytes", "reread"]
+__all__ = ["Reread", "TensorReads", "reread"]
 
 _TENSOR: Final = ("model", "tensor_name")
-_RANGE: Final = ("model", "shard", "tensor_name", "expert", "offset_bytes", "bytes")
 _READS: Final = ("bytes_read", "unique_bytes", "reread_bytes")
 _COUNTS: Final = (
     "bytes_read",
@@ -83,18 +84,6 @@ class Reread(TypedDict):
     notes: list[str]
 
 
-def fresh_bytes(ranges: pl.LazyFrame) -> pl.LazyFrame:
-    """Add ``fresh``: the bytes of each range that no earlier range in the same tensor covers (earlier by offset).
-
-    Args:
-        ranges: columns ``model, shard, tensor_name, offset_bytes, bytes``, in any order, overlaps welcome. The sum of
-            ``fresh`` over a tensor is the size of the union of its ranges.
-    """
-    start, end = pl.col("offset_bytes"), pl.col("offset_bytes") + pl.col("bytes")
-    reached = end.cum_max().shift(1).over("model", "shard", "tensor_name")
-    return ranges.sort("offset_bytes").with_columns(fresh=(end - pl.max_horizontal(start, reached)).clip(lower_bound=0))
-
-
 def reread(trace: Trace, phase: str | None = None, follow: bool = True) -> Reread:
     """Return how much of each tensor was read, and read again, in ``phase`` (default: all of the trace).
 
@@ -107,9 +96,11 @@ def reread(trace: Trace, phase: str | None = None, follow: bool = True) -> Rerea
         follow: follow every page from its eviction to its return. That is most of the work; without it
             ``returned_bytes``, ``away_ns`` and ``away_tokens`` are 0 and None.
     """
-    ranges = fresh_bytes(_ranges(trace, phase).lazy()).collect()
-    counts = _counts(trace, phase, ranges)
-    away, returned = _away(trace, phase, follow)
+    pages = Pages(trace, phase)
+    reads = Reads(pages)
+    away, returned = _away(pages, reads, follow)
+    pieces = reads.by_expert().with_columns(reread_bytes=pl.col("bytes_read") - pl.col("unique_bytes"))
+    counts = _counts(trace, phase, pieces)
     named, other = counts.filter(pl.col("tensor_name").is_not_null()), counts.filter(pl.col("tensor_name").is_null())
     tensors = (
         trace.tensors.lazy()
@@ -139,34 +130,31 @@ def reread(trace: Trace, phase: str | None = None, follow: bool = True) -> Rerea
         "tensors": cast("list[TensorReads]", tensors.to_dicts()),
         "layers": _grouped(tensors, "layer"),
         "components": _grouped(tensors, "component"),
-        "experts": _grouped(_experts(trace, ranges), "layer", "expert"),
+        "experts": _grouped(_experts(trace, pieces), "layer", "expert"),
         "account": trace.account,
         "verdict": verdict(trace.account),
         "notes": list(trace.notes),
     }
 
 
-def _ranges(trace: Trace, phase: str | None) -> pl.DataFrame:
-    """Return the distinct ranges that were added and ``reads``, how often each was.
+def _away(pages: Pages, reads: Reads, follow: bool) -> tuple[dict[str, Any], pl.DataFrame]:
+    """Sum up what was read; return how much was read again after its eviction, and how long after.
 
-    A page that is read 200 times is one range read 200 times: memory goes with the model, not with the trace.
+    Of all, and one row a tensor.
     """
-    found: list[pl.LazyFrame] = []
-    for piece in trace.slices("pagecache", phase):
-        adds = piece.filter(pl.col("action") == "add").select(*_RANGE, reads=pl.lit(1, pl.Int64))
-        found = [collect(pl.concat([*found, adds]).group_by(_RANGE).agg(pl.col("reads").sum())).lazy()]
-    return found[0].collect()
-
-
-def _away(trace: Trace, phase: str | None, follow: bool) -> tuple[dict[str, Any], pl.DataFrame]:
-    """Return how much was read again after its eviction, and how long after: of all, and one row a tensor."""
-    pages = Pages(trace, phase)
     count = pages.tensors.height
     times, tokens = Spread(count), Spread(count)
-    for steps in pages.steps() if follow else ():
-        again = steps.only(steps.now.added & steps.now.counted & steps.past.known & ~steps.past.added)
-        times.add(again.tensor, again.now.time - again.past.time, again.nbytes)
-        tokens.add(again.tensor, again.token - again.past_token, again.nbytes)
+    if follow:
+        for seen, steps in pages.steps(reads.look):
+            reads.add(seen)
+            now, past = steps.now.packed, steps.past.packed
+            again = steps.only(np.flatnonzero((now & 17 == 17) & (past >= 0) & (past & 1 == 0)))
+            tensor, nbytes = again.tensor, again.nbytes
+            times.add(tensor, again.now.time - again.past.time, nbytes)
+            tokens.add(tensor, again.tokens, nbytes)
+    else:
+        for seen in pages.rows(reads.look):
+            reads.add(seen)
     rows = [
         {"returned_bytes": times.total(at), "away_ns": times.points(at), "away_tokens": tokens.points(at)}
         for at in (None, *range(count))
@@ -176,16 +164,12 @@ def _away(trace: Trace, phase: str | None, follow: bool) -> tuple[dict[str, Any]
     return rows[0], pages.tensors.hstack(pl.DataFrame(rows[1:], schema=schema))
 
 
-def _experts(trace: Trace, ranges: pl.DataFrame) -> pl.DataFrame:
+def _experts(trace: Trace, pieces: pl.DataFrame) -> pl.DataFrame:
     """Return one row a merged tensor and expert, of all experts that the map knows."""
     sized = trace.tensors.filter(pl.col("n_experts") > 0).select(
         *_TENSOR, "layer", size_bytes="expert_bytes", expert=pl.int_ranges("n_experts", dtype=pl.Int32)
     )
-    read = (
-        ranges.group_by(*_TENSOR, "expert")
-        .agg(bytes_read=(pl.col("bytes") * pl.col("reads")).sum(), unique_bytes=pl.col("fresh").sum())
-        .with_columns(pl.col(_TENSOR).cast(pl.String), reread_bytes=pl.col("bytes_read") - pl.col("unique_bytes"))
-    )
+    read = pieces.select(*_TENSOR, "expert", *_READS)
     found = sized.explode("expert").join(read, on=[*_TENSOR, "expert"], how="left", nulls_equal=True)
     return found.with_columns(pl.col(_READS).fill_null(0))
 
@@ -202,28 +186,13 @@ def _grouped(tensors: pl.DataFrame, *keys: str) -> list[dict[str, Any]]:
     )
 
 
-def _counts(trace: Trace, phase: str | None, ranges: pl.DataFrame) -> pl.DataFrame:
+def _counts(trace: Trace, phase: str | None, pieces: pl.DataFrame) -> pl.DataFrame:
     """Return one row a tensor (tensor_name null: bytes outside tensors), with every column of ``_COUNTS``."""
-    pagecache, faults, ops = (trace.table(name, phase) for name in ("pagecache", "faults", "ops"))
+    ops = trace.table("ops", phase).group_by(_TENSOR).agg(access_count=pl.len().cast(pl.Int64))
     parts = [
-        ranges.lazy()
-        .group_by(_TENSOR)
-        .agg(
-            bytes_read=(pl.col("bytes") * pl.col("reads")).sum(),
-            unique_bytes=pl.col("fresh").sum(),
-            read_count=pl.col("reads").sum(),
-        )
-        .with_columns(reread_bytes=pl.col("bytes_read") - pl.col("unique_bytes")),
-        pagecache.filter(pl.col("action") == "evict").group_by(_TENSOR).agg(evicted_bytes=pl.col("bytes").sum()),
-        faults.group_by(_TENSOR).agg(
-            access_count=pl.len().cast(pl.Int64),
-            major_faults=pl.col("major").sum().cast(pl.Int64),
-            minor_faults=(~pl.col("major")).sum().cast(pl.Int64),
-            stall_ns=pl.col("latency_ns").sum(),
-        ),
-        ops.group_by(_TENSOR).agg(access_count=pl.len().cast(pl.Int64)),
+        pieces.select(*_TENSOR, *_READS, "read_count", "evicted_bytes"),
+        faults(trace, phase).drop("expert"),
+        collect(ops.with_columns(pl.col(_TENSOR).cast(pl.String))),
     ]
-    names = [pl.col(name).cast(pl.String) for name in _TENSOR]
     empty = pl.DataFrame(schema={**dict.fromkeys(_TENSOR, pl.String), **dict.fromkeys(_COUNTS, pl.Int64)})
-    rows = pl.concat([empty, *(collect(part.with_columns(names)) for part in parts)], how="diagonal")
-    return rows.group_by(_TENSOR).agg(pl.col(_COUNTS).sum())
+    return pl.concat([empty, *parts], how="diagonal").group_by(_TENSOR).agg(pl.col(_COUNTS).sum())

@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from llmtraced.analysis.axes import Files, Ints, pieces, sizes, time_bins, tokens_at
+from llmtraced.analysis.columns import ahead
 from llmtraced.analysis.trace import Trace, collect, verdict
 from llmtraced.schema import PAGE, PHASES
 
@@ -69,7 +70,7 @@ def timeline(
     by_phase = np.zeros((len(_WEIGHTS), len(PHASES), len(CLASSES)), np.int64)
     resumed = np.zeros((len(_WEIGHTS), len(PHASES)), np.int64)
     seen: dict[str, list[int]] = {}
-    for adds in _adds(trace, files):
+    for adds in ahead(_adds(trace, files)):
         kind, again = reader.classify(adds)
         keep = np.ones(len(kind), bool) if phase is None else adds["phase"] == PHASES.index(phase)
         adds, kind, again = {name: column[keep] for name, column in adds.items()}, kind[keep], again[keep]

@@ -10,6 +10,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,7 @@ from llmtraced import __version__
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.schema import SCHEMA_VERSION, TABLES
 
-__all__ = ["ACCOUNT", "Trace", "collect", "open_trace", "verdict"]
+__all__ = ["ACCOUNT", "Stored", "Trace", "collect", "damaged", "open_trace", "verdict"]
 
 ACCOUNT: Final = ("counted", "delivered", "dropped", "missed")
 """The figures kept for each probe; the units are the probe's own (events, pages, records)."""
@@ -36,6 +37,14 @@ _EXPECTED: Final = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A file of a table, and the rows of each of its row groups."""
+
+    path: Path
+    groups: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Trace:
     """One session of a trace folder.
@@ -47,6 +56,7 @@ class Trace:
         meta: the newest footer of this session (``boot_id``, ``kernel``, ``pid``, ``command``, ``detail``, …), with
             ``models`` merged over all its files.
         tables: a lazy frame per table of :data:`llmtraced.schema.TABLES`; empty but typed where nothing was recorded.
+        files: the files behind each table, in the order of its rows.
         rows: rows per table, from the footers.
         tensors: the tensor map, one row a tensor, in file order.
         account: per probe, the sum over the session's files of :data:`ACCOUNT`.
@@ -60,6 +70,7 @@ class Trace:
     sessions: tuple[str, ...]
     meta: Mapping[str, Any]
     tables: Mapping[str, pl.LazyFrame]
+    files: Mapping[str, tuple[Stored, ...]]
     rows: Mapping[str, int]
     tensors: pl.DataFrame
     account: dict[str, dict[str, int]]
@@ -93,9 +104,13 @@ class _File:
     path: Path
     table: str
     meta: dict[str, Any]
-    rows: int
+    groups: tuple[int, ...]
     first_ns: int | None
     last_ns: int | None
+
+    @property
+    def rows(self) -> int:
+        return sum(self.groups)
 
     @property
     def session(self) -> str:
@@ -156,6 +171,7 @@ def open_trace(path: str | Path, session: str | None = None) -> Trace:
         sessions=sessions,
         meta={**files[-1].meta, "models": _models(files)},
         tables=tables,
+        files={name: tuple(Stored(file.path, file.groups) for file in some) for name, some in by_table.items()},
         rows={name: sum(file.rows for file in some) for name, some in by_table.items()},
         tensors=_tensors(tables["tensors"]),
         account=_account(files),
@@ -171,9 +187,16 @@ def collect(frame: pl.LazyFrame) -> pl.DataFrame:
     Raises:
         LlmtracedError: a file's data (not its footer) is damaged.
     """
-    try:
+    with damaged():
         return frame.collect(engine="streaming")
-    except (pl.exceptions.PolarsError, OSError) as error:
+
+
+@contextmanager
+def damaged() -> Iterator[None]:
+    """Say of errors in here that a file's data is damaged."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
         reason = printable(str(error).strip().split("\n")[0])
         raise LlmtracedError(f"cannot read the trace's data ({reason}): move the damaged file out of it") from error
 
@@ -237,7 +260,8 @@ def _footer(table: str, path: Path) -> _File:
         if (statistics := footer.row_group(group).column(clock).statistics) is not None and statistics.has_min_max
     ]
     first, last = min((low for low, _ in spans), default=None), max((high for _, high in spans), default=None)
-    return _File(path, table, meta, footer.num_rows, first, last)
+    groups = tuple(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+    return _File(path, table, meta, groups, first, last)
 
 
 def _kind(of: pa.DataType) -> tuple[bool, pa.DataType]:

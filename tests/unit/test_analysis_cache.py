@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_analysis_trace import SESSION, Builder
 
+from llmtraced.analysis import columns as batched
 from llmtraced.analysis import pages
 from llmtraced.analysis.cache import FATES, cache
 from llmtraced.analysis.reread import reread
@@ -364,7 +365,7 @@ def test_the_reports_agree_with_a_page_by_page_account(
     faults, ops = sorted(faults), sorted(ops)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(pages, "_CHUNK", chunk)
-        patch.setattr(pages, "_ROWS", max(chunk, 2))
+        patch.setattr(batched, "_ROWS", 1 if chunk == 1 else 1 << 18)
         trace = Builder(Path(folder))
         trace.tensor(("t", 0, T), ("u", T, U - T))
         trace.write("pagecache", written)

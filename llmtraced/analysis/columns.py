@@ -1,0 +1,144 @@
+"""Columns of a table as numpy arrays, batch by batch in the order of the files, read ahead by other threads.
+
+For what polars cannot say in a query because each row depends on those before it. Words (dictionary columns) become
+small numbers that mean the same in all files.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from threading import Lock
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmtraced.analysis.trace import Stored, Trace, damaged
+
+__all__ = ["Batch", "Bools", "Ints", "Words", "ahead", "batches"]
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+Bools = np.ndarray[Any, np.dtype[np.bool_]]
+Batch = dict[str, np.ndarray[Any, Any]]
+"""Columns by name, all of the same length, of the table's types; words are int64 numbers (:class:`Words`)."""
+
+_ROWS: Final = 1 << 16
+"""Rows of a batch, about, as long as there are so many: files may be small."""
+_THREADS: Final = 2
+_Made = TypeVar("_Made")
+
+
+class Words:
+    """The different words of a column, numbered from 0 as they come, in any order; null is a word.
+
+    Attributes:
+        list: the words by number.
+    """
+
+    def __init__(self, *known: str | None) -> None:
+        self.list: list[str | None] = list(known)
+        self._number: dict[str | None, int] = {word: number for number, word in enumerate(known)}
+        self._lock = Lock()
+        self._last: tuple[pa.Array, Ints] | None = None
+
+    def numbers(self, column: pa.DictionaryArray) -> Ints:
+        """Return the numbers of a dictionary column's words, which may be new ones."""
+        words, codes, last = column.dictionary, column.indices, self._last
+        if last is None or not last[0].equals(words):
+            with self._lock:
+                found = []
+                for word in (*words.to_pylist(), None):  # null comes last, where -1 points to
+                    number = self._number.setdefault(word, len(self.list))
+                    if number == len(self.list):
+                        self.list.append(word)
+                    found.append(number)
+            last = self._last = words, np.array(found, np.int64)
+        places = codes.fill_null(-1) if codes.null_count else codes
+        numbers: Ints = last[1][places.to_numpy()]
+        return numbers
+
+
+def batches(
+    trace: Trace, table: str, columns: Mapping[str, Words | int], make: Callable[[Batch], _Made]
+) -> Iterator[_Made]:
+    """Read a table and yield what ``make`` makes of each batch, in order; it runs in other threads, on two at a time.
+
+    Args:
+        trace: an open trace.
+        table: its name.
+        columns: with :class:`Words` for those that are words, and for all others what stands for null.
+        make: what to do with a batch.
+
+    Raises:
+        LlmtracedError: a file's data (not its footer) is damaged.
+    """
+
+    def load(some: Sequence[tuple[Stored, list[int]]]) -> _Made:
+        with damaged():
+            return make(_read(some, columns))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        coming: deque[Future[_Made]] = deque()
+        try:
+            for some in _planned(trace.files[table]):
+                coming.append(pool.submit(load, some))
+                if len(coming) > _THREADS:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            for one in coming:
+                one.cancel()
+
+
+def ahead(items: Iterator[_Made]) -> Iterator[_Made]:
+    """Yield the items, each of which is made in another thread while the one before it is looked at."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(lambda: list(islice(items, 1)))
+        while found := coming.result():
+            coming = pool.submit(lambda: list(islice(items, 1)))
+            yield found[0]
+
+
+def _planned(files: Sequence[Stored]) -> Iterator[list[tuple[Stored, list[int]]]]:
+    """Yield the row groups of one batch after the other."""
+    some: list[tuple[Stored, list[int]]] = []
+    rows = 0
+    for file in files:
+        groups: list[int] = []
+        for group, size in enumerate(file.groups):
+            if not size:
+                continue
+            groups.append(group)
+            rows += size
+            if rows >= _ROWS:
+                yield [*some, (file, groups)]
+                some, groups, rows = [], [], 0
+        if groups:
+            some.append((file, groups))
+    if some:
+        yield some
+
+
+def _read(some: Sequence[tuple[Stored, list[int]]], columns: Mapping[str, Words | int]) -> Batch:
+    parts: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in columns}
+    for stored, groups in some:
+        with pq.ParquetFile(stored.path) as file:
+            table = file.read_row_groups(groups, columns=list(columns), use_threads=False)
+        for name, known in columns.items():
+            for chunk in table.column(name).chunks:
+                parts[name].append(_array(chunk, known))
+    return {name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def _array(chunk: pa.Array, known: Words | int) -> np.ndarray[Any, Any]:
+    if isinstance(known, Words):
+        return known.numbers(chunk)
+    if pa.types.is_boolean(chunk.type):
+        chunk = chunk.cast(pa.int8())
+    array: np.ndarray[Any, Any] = (chunk.fill_null(known) if chunk.null_count else chunk).to_numpy()
+    return array
