@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "daemon": "find servers as they come and go, trace them, export metrics",
     "top": "the live view: what servers wait for, now",
     "report": "answers from a trace",
+    "prefetch": "the sidecar: pin, read ahead and give back a server's model pages",
     "experiment": "models at several memory limits, recorded and compared",
     "bench": "measure this tool: events, overhead, reports",
     "demo": "the whole story on a small real model, end to end",

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +29,19 @@ from llmtraced.ggml_layout import OPERATOR_BYTES
 from llmtraced.probes import KERNEL_POINTS, btf, kernel
 from llmtraced.probes.points import Tracepoint
 
-__all__ = ["FILES", "PROGRAMS", "Programs", "Sizes", "bpf_folder", "compile_flags", "import_bcc", "load", "source"]
+__all__ = [
+    "FILES",
+    "PROGRAMS",
+    "Programs",
+    "Sizes",
+    "answer",
+    "bpf_folder",
+    "compile_flags",
+    "compile_in_child",
+    "import_bcc",
+    "load",
+    "source",
+]
 
 log = logging.getLogger(__name__)
 
@@ -188,21 +200,19 @@ def import_bcc() -> Any:
     )
 
 
-def load(sizes: Sizes | None = None) -> Programs:
-    """Compile and load everything in a child and return the descriptors.
+def compile_in_child(module: str, argument: str) -> tuple[dict[str, Any], list[int]]:
+    """Run ``python -m module FD argument``, whose :func:`answer` comes back over the socket FD, and return it.
 
     Raises:
-        LlmtracedError: no permission, no BCC, no headers, or the maps cannot be made. A single program that the
-            kernel refuses is not an error here: it is in ``refused``.
+        LlmtracedError: no permission, or what went wrong in the child.
     """
-    sizes = sizes or Sizes()
     if os.geteuid() != 0:
         raise LlmtracedError("loading BPF programs needs root (CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN)", NO_PERMISSION)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     # A file, not a pipe: nobody reads what the verifier has to say before the child is done.
     with ours, theirs, tempfile.TemporaryFile() as said:
         child = subprocess.Popen(
-            [sys.executable, "-m", "llmtraced.probes.loader", str(theirs.fileno()), json.dumps(asdict(sizes))],
+            [sys.executable, "-m", module, str(theirs.fileno()), argument],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=said,
@@ -232,6 +242,18 @@ def load(sizes: Sizes | None = None) -> Programs:
         log.debug("BPF compiler said: %s", output)
         detail = "" if "remedy" in reply or not output.strip() else "\n" + output.strip()[-2000:]
         raise LlmtracedError(f"cannot load the BPF programs: {reply['error']}{detail}", reply["exit_code"])
+    return reply, fds
+
+
+def load(sizes: Sizes | None = None) -> Programs:
+    """Compile and load everything in a child and return the descriptors.
+
+    Raises:
+        LlmtracedError: no permission, no BCC, no headers, or the maps cannot be made. A single program that the
+            kernel refuses is not an error here: it is in ``refused``.
+    """
+    sizes = sizes or Sizes()
+    reply, fds = compile_in_child("llmtraced.probes.loader", json.dumps(asdict(sizes)))
     names = reply.pop("names")
     descriptors = dict(zip(names, fds, strict=True))
     return Programs(
@@ -288,10 +310,11 @@ def possible_cpus() -> int:
     return int(re.split(r"[-,]", text)[-1]) + 1
 
 
-def _child(fd: int, sizes: Sizes) -> None:
+def answer(fd: int, compiled: Callable[[], tuple[dict[str, int], dict[str, Any]]]) -> None:
+    """Send what ``compiled`` returns (descriptors by name, and what else is to be said), or its error, over ``fd``."""
     with socket.socket(fileno=fd) as parent:
         try:
-            descriptors, reply = _compile(sizes)
+            descriptors, reply = compiled()
         except LlmtracedError as error:
             parent.sendall(json.dumps({"error": str(error), "exit_code": error.exit_code}).encode())
             return
@@ -300,4 +323,4 @@ def _child(fd: int, sizes: Sizes) -> None:
 
 
 if __name__ == "__main__":
-    _child(int(sys.argv[1]), Sizes(**json.loads(sys.argv[2])))
+    answer(int(sys.argv[1]), lambda: _compile(Sizes(**json.loads(sys.argv[2]))))

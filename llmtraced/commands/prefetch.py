@@ -1,0 +1,82 @@
+"""Make a running server faster when its model is larger than its memory: pin, read ahead, give back behind.
+
+  sudo llmtraced prefetch --pid $(pgrep -n llama-server)
+  sudo llmtraced prefetch --pid PID --strategy pin --budget 8G
+
+Needs nothing from the server. It watches three tokens, learns the order in which they use the model from the server's
+own compute graph, and works if they read from disk. Ctrl-C ends it, and the kernel has its way again.
+  auto     pin what fits, stream the rest through a small window just ahead of the server, give back behind it
+  pin      only pin what fits
+  pattern  only read ahead, by readahead(2)
+  uring    only read ahead, by io_uring (needs the package liburing)
+  off      do nothing, and say what would be managed
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llmtraced.values import size
+
+WAYS = ("huge", "readahead", "willneed", "fadvise", "pread", "uring")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--pid", metavar="PID", type=int, required=True, help="the server")
+    parser.add_argument(
+        "--strategy",
+        choices=("auto", "pin", "pattern", "uring", "off"),
+        default="auto",
+        help="what to do (default auto)",
+    )
+    parser.add_argument(
+        "--plan", metavar="FILE", type=Path, help="a plan of `llmtraced plan` (default: from the graph)"
+    )
+    parser.add_argument(
+        "--budget", metavar="SIZE", type=_budget, help="memory for the model's pages: auto, or a size (default auto)"
+    )
+    parser.add_argument("--window", metavar="SIZE", type=size, default=32 << 20, help="memory for the stream (32M)")
+    parser.add_argument("--slack", metavar="SIZE", type=size, help="memory to leave free (default 1 %%, at least 12M)")
+    parser.add_argument("--depth", metavar="N", type=int, default=8, help="pieces of 2 MB read at a time (default 8)")
+    parser.add_argument("--path", choices=WAYS, default="", help="how to read (default: what a calibration finds best)")
+    parser.add_argument(
+        "--trial", metavar="N", type=int, default=3, help="tokens to watch first; 0: work at once, never compare (3)"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=("auto", "ticks", "pagetable"),
+        default="auto",
+        help="how to follow the server (default auto)",
+    )
+    parser.add_argument("--no-join", action="store_true", help="stay out of the server's memory cgroup")
+    parser.add_argument("--metrics", metavar="FILE", type=Path, help="write Prometheus metrics here, once a second")
+    parser.add_argument("--json", action="store_true", help="print the summary at the end as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare, and become the sidecar."""
+    from llmtraced.prefetch import launch
+
+    launch.run(
+        args.pid,
+        launch.Options(
+            strategy=args.strategy,
+            plan=args.plan,
+            budget=args.budget,
+            window=args.window,
+            slack=args.slack,
+            depth=args.depth,
+            path=args.path,
+            trial=args.trial,
+            join=not args.no_join,
+            clock=args.clock,
+            metrics=args.metrics,
+            json=args.json,
+        ),
+    )
+
+
+def _budget(word: str) -> int | None:
+    return None if word == "auto" else size(word)

@@ -1,0 +1,105 @@
+"""Where in its token the server is: from the ring of ticks, or from its page table. Standard library only."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import struct
+from bisect import bisect_right
+from collections.abc import Sequence
+
+__all__ = ["BEGIN", "END", "PageTable", "Tick", "TickRing"]
+
+BEGIN, END = 0xFFFFFFFF, 0xFFFFFFFE  # llmtraced/probes/ticks.py, bpf/ticks.bpf.c
+_PAGE = 4096
+_BUSY, _DISCARD = 1 << 31, 1 << 30  # BPF_RINGBUF_BUSY_BIT, BPF_RINGBUF_DISCARD_BIT: include/uapi/linux/bpf.h
+_RECORD = struct.Struct("<QIIQ")
+
+Tick = tuple[int, int, int, int]
+"""(time in ns, CLOCK_MONOTONIC; graphs so far; BEGIN, END or the number of a mark; tokens in the batch of a BEGIN)"""
+
+
+class TickRing:
+    """The ring and the arrays of bpf/ticks.bpf.c, by their descriptors.
+
+    Args:
+        ring, clocks, wakes: descriptors of the maps.
+        ring_bytes: size of the ring.
+        marks: entries of the arrays.
+    """
+
+    def __init__(self, ring: int, clocks: int, wakes: int, ring_bytes: int, marks: int) -> None:
+        self.fd, self._mask = ring, ring_bytes - 1
+        self._consumer = mmap.mmap(ring, _PAGE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        # The producer's position, then the data, twice in a row: kernel/bpf/ringbuf.c
+        self._data = mmap.mmap(ring, _PAGE + 2 * ring_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=_PAGE)
+        self._clock = mmap.mmap(clocks, _PAGE)
+        self._wakes = mmap.mmap(wakes, -(-marks * 8 // _PAGE) * _PAGE)
+        self._poll = select.epoll()
+        self._poll.register(ring, select.EPOLLIN)
+
+    def wake_at(self, marks: Sequence[int]) -> None:
+        """Be told of these marks, and no others."""
+        self._wakes[:] = bytes(len(self._wakes))
+        for mark in marks:
+            struct.pack_into("<Q", self._wakes, mark * 8, 1)
+
+    @property
+    def lost(self) -> int:
+        """Ticks for which there was no room."""
+        return int(struct.unpack_from("<Q", self._clock, 40)[0])
+
+    def wait(self, seconds: float) -> list[Tick]:
+        """Return the ticks that have come; wait for the first, ``seconds`` at most."""
+        found = self._take()
+        if not found and self._poll.poll(seconds):
+            found = self._take()
+        return found
+
+    def _take(self) -> list[Tick]:
+        at = struct.unpack_from("<Q", self._consumer)[0]
+        end = struct.unpack_from("<Q", self._data)[0]
+        found: list[Tick] = []
+        while at < end:
+            place = _PAGE + (at & self._mask)
+            (length,) = struct.unpack_from("<I", self._data, place)
+            if length & _BUSY:
+                break
+            if not length & _DISCARD:
+                found.append(_RECORD.unpack_from(self._data, place + 8))
+            at += (length & ~_DISCARD) + 15 & ~7
+        struct.pack_into("<Q", self._consumer, 0, at)
+        return found
+
+
+class PageTable:
+    """Which of some addresses a process has mapped, from its page table: a clock that needs no probes.
+
+    A chunk that has been read and is not mapped yet has not been used; the kernel maps it at the first touch. So the
+    furthest chunk that is mapped is where the server is. Coarser than ticks, and blind to the end of a token.
+
+    Raises:
+        OSError: the process is not ours to look at.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+
+    def mapped(self, address: int) -> bool:
+        """Tell whether the page at ``address`` is in the page table: bit 63, Documentation/admin-guide/mm/pagemap."""
+        try:
+            entry = os.pread(self._fd, 8, address // _PAGE * 8)
+        except OSError:
+            return False
+        return len(entry) == 8 and bool(entry[7] & 0x80)
+
+    def close(self) -> None:
+        """Let go of the process."""
+        os.close(self._fd)
+
+
+def next_step(steps: Sequence[int], before: int) -> int:
+    """Return where the server is when it comes to a weight that is used at ``steps`` (sorted), from where it was."""
+    at = bisect_right(steps, before)
+    return steps[at] if at < len(steps) else steps[0]

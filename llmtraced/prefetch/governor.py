@@ -1,0 +1,104 @@
+"""When to work and when to stand aside: decided by what tokens take. Pure, standard library only.
+
+The sidecar must never make a server slower. So it watches some tokens before it does anything; if they read nothing
+the model fits, and nothing is done. Else it engages, and compares the tokens with those from before.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+__all__ = ["ASIDE", "BACKED_OFF", "ENGAGED", "FITS", "WATCHING", "Governor"]
+
+WATCHING, ENGAGED, FITS, BACKED_OFF = "watching", "engaged", "fits", "backed off"
+ASIDE = (WATCHING, FITS, BACKED_OFF)
+"""States in which nothing is pinned, read or given back."""
+
+_FITS = 0.005  # of the model read by the server in a token: what still comes and goes when all of it fits
+_WORSE = 0.97  # engaged tokens must take less than this share of those before
+_SETTLE = 3  # tokens after engaging that are not compared
+_ENOUGH = 8  # tokens that are compared
+_FIRST_PAUSE = 60.0  # s; doubled each time
+
+
+class Governor:
+    """Decides from each decoded token.
+
+    Args:
+        model_bytes: that a token uses.
+        trial: tokens to watch before engaging; 0: engage at once, and never compare.
+
+    Attributes:
+        state: WATCHING, ENGAGED, FITS or BACKED_OFF.
+        without_ns, with_ns: durations of the last tokens without the sidecar's work, and with it.
+        why: the last decision, in words.
+    """
+
+    def __init__(self, model_bytes: int, trial: int = 3) -> None:
+        self._bytes, self._trial = model_bytes, trial
+        self.state = WATCHING if trial else ENGAGED
+        self.without_ns: list[int] = []
+        self.with_ns: list[int] = []
+        self.why = "watching the first tokens" if trial else "engaged at once, as asked"
+        self._read: list[int] = []
+        self._skip = _SETTLE
+        self._pause, self._until = _FIRST_PAUSE, 0.0
+
+    def token(self, duration_ns: int, batch: int, read: int, now: float) -> bool:
+        """Take in a graph evaluation; return whether the state changed.
+
+        Args:
+            duration_ns: of the evaluation.
+            batch: tokens in it: only single ones are compared.
+            read: bytes that the server itself read from disk since the one before.
+            now: seconds, monotonic.
+        """
+        if batch != 1:
+            return False
+        before = self.state
+        if self.state in (WATCHING, FITS):
+            self.without_ns = [*self.without_ns, duration_ns][-16:]
+            self._read = [*self._read, read][-max(self._trial, 2) :]
+            if len(self._read) >= max(self._trial, 2):
+                self._judge_reads()
+        elif self.state == ENGAGED:
+            self._judge_speed(duration_ns, now)
+        elif now >= self._until:
+            self.state, self.why = WATCHING, "trying again"
+            self._read.clear()
+            self.without_ns.clear()
+        return self.state != before
+
+    def _judge_reads(self) -> None:
+        least, most = self._bytes * _FITS, max(self._read)
+        if most <= least:
+            self.state, self.why = FITS, "tokens read next to nothing: the model fits in memory"
+        elif self.state == WATCHING or min(self._read) > least:
+            self.state, self.why = ENGAGED, f"tokens read {most} bytes"
+            self._skip = _SETTLE
+            self.with_ns.clear()
+
+    def _judge_speed(self, duration_ns: int, now: float) -> None:
+        if self._skip:
+            self._skip -= 1
+            return
+        self.with_ns = [*self.with_ns, duration_ns][-64:]
+        if not self.without_ns or len(self.with_ns) < _ENOUGH:
+            return
+        without, engaged = median(self.without_ns[-_ENOUGH:]), median(self.with_ns[-_ENOUGH:])
+        if engaged > without * _WORSE:
+            self.state = BACKED_OFF
+            self.why = f"tokens take {engaged / 1e6:.0f} ms with it and {without / 1e6:.0f} ms without it"
+            self._until, self._pause = now + self._pause, self._pause * 2
+
+    def settled(self) -> None:
+        """Take in that pinning has just ended: the next tokens are not compared."""
+        self._skip = max(self._skip, _SETTLE)
+
+    def fits(self) -> bool:
+        """Take in that there is memory for the whole model; return whether the state changed."""
+        changed = self.state == ENGAGED
+        if changed:
+            self.state, self.why = FITS, "there is memory for the whole model"
+            self._read.clear()
+        return changed

@@ -1,0 +1,340 @@
+"""Find out all that the sidecar needs to know, then become it.
+
+This side may use everything: it reads the model's header, compiles and attaches the clock, learns the sequence from the
+server's own compute graph. Then it joins the server's memory cgroup and executes a bare interpreter in its own place,
+which keeps the process id and the open descriptors and none of the memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import sysconfig
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from llmtraced import ggml_layout
+from llmtraced.cgroup import cgroup_of
+from llmtraced.errors import FAILED, NO_PERMISSION, UNSUPPORTED, LlmtracedError, printable
+from llmtraced.ggml_layout import Graph, Layout
+from llmtraced.gguf_map import Model
+from llmtraced.prefetch import plan as plans
+from llmtraced.prefetch.clock import BEGIN, TickRing
+from llmtraced.prefetch.pages import CHUNK, PATHS
+from llmtraced.prefetch.plan import Plan
+from llmtraced.probes import ticks as tick_probes
+from llmtraced.probes.ticks import Ticks
+from llmtraced.target import ModelFile, Target, find_target
+
+__all__ = ["STRATEGIES", "Options", "run"]
+
+log = logging.getLogger(__name__)
+
+STRATEGIES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "auto": {"pin": True, "stream": True, "evict": True, "path": ""},
+    "pin": {"pin": True, "stream": False, "evict": True, "path": "huge"},
+    "pattern": {"pin": False, "stream": True, "evict": False, "path": "readahead"},
+    "uring": {"pin": False, "stream": True, "evict": False, "path": "uring"},
+    "off": {"pin": False, "stream": False, "evict": False, "path": "huge"},
+}
+"""What each does: pin chunks, stream the rest ahead of the server, give back behind it, and by which way of reading
+(empty: a short calibration says)."""
+
+_GRAPH_TRIES: Final = 8
+_SLACK_SHARE: Final = 100  # one part in so many of the memory stays free, and
+_LEAST_SLACK: Final = 12 << 20
+_WINDOW: Final = 32 << 20
+_NEVER: Final = 1 << 40  # tokens to watch first
+_WAIT_SECONDS: Final = 5.0  # between lines that say what is waited for
+
+_CODE: Final = (
+    "import sys; sys.path[:0] = sys.argv[2:]; from llmtraced.prefetch.sidecar import main; "
+    "raise SystemExit(main(int(sys.argv[1])))"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user may choose.
+
+    Attributes:
+        strategy: a key of :data:`STRATEGIES`.
+        plan: a plan's file; None: learned from the server's graph.
+        budget: bytes for the model's pages; None: what the memory allows.
+        window: bytes for what is streamed.
+        slack: bytes of memory to leave free; None: 1 %, at least 12 MiB.
+        depth: chunks that are read at the same time.
+        path: a way of reading (pages.PATHS or ``uring``); empty: the strategy's own.
+        trial: tokens to watch before engaging; 0: engage at once and never compare.
+        join: join the server's memory cgroup.
+        clock: ``ticks``, ``pagetable``, or ``auto``: ticks where they can be had.
+        metrics: write metrics to this file, in Prometheus's text format.
+        json: print the summary as JSON.
+    """
+
+    strategy: str = "auto"
+    plan: Path | None = None
+    budget: int | None = None
+    window: int = _WINDOW
+    slack: int | None = None
+    depth: int = 8
+    path: str = ""
+    trial: int = 3
+    join: bool = True
+    clock: str = "auto"
+    metrics: Path | None = None
+    json: bool = False
+
+
+def run(pid: int, options: Options) -> NoReturn:
+    """Prepare, and become the sidecar of process ``pid``.
+
+    Raises:
+        LlmtracedError: no such server, no permission, a plan of another model, nothing that could be managed.
+    """
+    if os.geteuid() != 0:
+        raise LlmtracedError("prefetching locks and gives back a server's pages: run as root", NO_PERMISSION)
+    target = find_target(pid)
+    label, model = _main_model(target)
+    files = [f for f in target.files if f.label == label]
+    given = plans.load(options.plan) if options.plan else None
+    if given and given.fingerprint != model.fingerprint:
+        raise LlmtracedError(
+            f"{printable(str(options.plan))} is a plan of {printable(given.model)} ({given.fingerprint}), but process "
+            f"{pid} runs {printable(label)} ({model.fingerprint}); make one with `llmtraced plan`"
+        )
+    ticks = _open_clock(target, options.clock)
+    marks: list[list[int]] = []
+    unbacked: set[str] = set()
+    if ticks is not None:
+        layout, graph = _learn(target, label, model, ticks)
+        learned = given or plans.from_graph(label, model, graph, layout)
+        marks = _set_marks(ticks, layout, graph, learned)
+        unbacked = _unbacked(graph, files)
+    else:
+        learned = given or plans.from_tensors(label, model)
+    _warn(model, learned, unbacked)
+    become(configuration(target, label, files, learned, unbacked, ticks, marks, options), target, options)
+
+
+def _main_model(target: Target) -> tuple[str, Model]:
+    """Return the model of which most is mapped."""
+    mapped = {
+        label: sum(m.end - m.start for f in target.files if f.label == label for m in f.mappings)
+        for label in target.models
+    }
+    label = max(mapped, key=lambda name: mapped[name])
+    if not mapped[label]:
+        raise LlmtracedError(
+            f"process {target.pid} has read {printable(label)} into its own memory instead of mapping it "
+            "(--no-mmap, --load-mode): its pages cannot be managed",
+            UNSUPPORTED,
+        )
+    return label, target.models[label]
+
+
+def _open_clock(target: Target, wanted: str) -> Ticks | None:
+    if wanted == "pagetable":
+        return None
+    try:
+        ticks = tick_probes.open_ticks(target.pid, target.symbols)
+    except LlmtracedError as error:
+        if wanted == "ticks":
+            raise
+        log.warning("%s; its page table will be the clock", error)
+        return None
+    for sentence in ticks.lost:
+        log.info("%s", sentence)
+    return ticks
+
+
+def _ring(ticks: Ticks) -> TickRing:
+    maps = ticks.maps
+    return TickRing(maps["ticks"], maps["clocks"], maps["wakes"], tick_probes.RING_BYTES, tick_probes.MARKS)
+
+
+def _learn(target: Target, label: str, model: Model, ticks: Ticks) -> tuple[Layout, Graph]:
+    """Wait for a graph to be evaluated, and read it.
+
+    Raises:
+        LlmtracedError: the server ended, or its graphs cannot be understood.
+    """
+    ring = _ring(ticks)
+    weights = known_weights(target, label, model)
+    read = ggml_layout.memory_reader(target.pid)
+    tries, told = 0, time.monotonic()
+    log.info("waiting for process %d to evaluate a token", target.pid)
+    while True:
+        for _, _, mark, value in ring.wait(0.5):
+            if mark != BEGIN:
+                continue
+            try:
+                layout = ggml_layout.derive(read, value, weights)
+                return layout, ggml_layout.read_graph(read, value, layout, weights)
+            except (LlmtracedError, OSError) as error:
+                tries += 1
+                if tries == _GRAPH_TRIES:
+                    raise LlmtracedError(f"process {target.pid}: {error}", UNSUPPORTED) from error
+        if not target.alive:
+            raise LlmtracedError(f"process {target.pid} has ended", FAILED)
+        if time.monotonic() - told > _WAIT_SECONDS:
+            told = time.monotonic()
+            log.info("still waiting: send it a request")
+
+
+def known_weights(target: Target, label: str, model: Model) -> dict[str, ggml_layout.Weight]:
+    """Return what is known of a model's weights: shape, where they are mapped, how they begin."""
+    maps = {f.shard: f.mappings for f in target.files if f.label == label}
+    weights: dict[str, ggml_layout.Weight] = {}
+    for tensor in model.tensors:
+        address = next(
+            (
+                m.start + tensor.offset - m.offset
+                for m in maps.get(tensor.shard, ())
+                if m.offset <= tensor.offset < m.offset + m.end - m.start
+            ),
+            None,
+        )
+
+        def head(path: Path = model.shards[tensor.shard].path, at: int = tensor.offset, n: int = tensor.size) -> bytes:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return os.pread(fd, min(n, 64), at)
+            finally:
+                os.close(fd)
+
+        weights[tensor.name] = ggml_layout.Weight(tensor.shape, address, head)
+    return weights
+
+
+def _set_marks(ticks: Ticks, layout: Layout, graph: Graph, plan: Plan) -> list[list[int]]:
+    """Tell the clock which weights to look for; return the steps at which each is used, by the number of its mark."""
+    steps: dict[str, list[int]] = {}
+    for entry in plan.entries:
+        steps.setdefault(entry.tensor_name, []).append(entry.step)
+    firsts = {node.sources[0] for node in graph.nodes if node.sources}
+    seen = {graph.weights[a][1]: graph.weights[a][0] for a in firsts if a in graph.weights}
+    addresses = sorted(data for data, name in seen.items() if name in steps)[: tick_probes.MARKS]
+    ticks.set_layout(layout, addresses)
+    return [steps[seen[address]] for address in addresses]
+
+
+def _unbacked(graph: Graph, files: list[ModelFile]) -> set[str]:
+    """Return the weights whose data are not in a mapping of the model: repacked, or read."""
+    ranges = [(m.start, m.end) for f in files for m in f.mappings]
+    return {name for name, data in graph.weights.values() if not any(s <= data < e for s, e in ranges)}
+
+
+def _warn(model: Model, plan: Plan, unbacked: set[str]) -> None:
+    if unbacked:
+        log.warning(
+            "%d of its weights are copies in its own memory (repacked); they cannot be managed: try --no-repack",
+            len(unbacked),
+        )
+    if any(tensor.n_experts for tensor in model.tensors):
+        log.warning("a mixture of experts: what every token uses is managed, its experts are left to the kernel")
+    if not any(entry.whole for entry in plan.entries):
+        raise LlmtracedError("no weight of this model is used whole by each token: nothing can be planned", UNSUPPORTED)
+
+
+def configuration(
+    target: Target,
+    label: str,
+    files: list[ModelFile],
+    plan: Plan,
+    unbacked: set[str],
+    ticks: Ticks | None,
+    marks: list[list[int]],
+    options: Options,
+) -> dict[str, Any]:
+    """Return what the sidecar is told: plain numbers, and descriptors that it inherits."""
+    model = target.models[label]
+    group = cgroup_of(target.pid)
+    strategy = dict(STRATEGIES[options.strategy])
+    if options.path:
+        strategy["path"] = options.path
+    limit = group.limit if group and group.limit else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    slack = options.slack if options.slack is not None else max(limit // _SLACK_SHARE, _LEAST_SLACK)
+    return {
+        "pid": target.pid,
+        "pidfd": os.pidfd_open(target.pid),
+        "label": printable(label, 255),
+        "files": [
+            {
+                "fd": os.open(model.shards[f.shard].path, os.O_RDONLY),
+                "maps": [[m.start, m.end, m.offset] for m in f.mappings],
+            }
+            for f in sorted(files, key=lambda f: f.shard)
+        ],
+        "entries": [
+            [e.step, e.shard, e.offset_bytes, e.size_bytes]
+            for e in plan.entries
+            if e.whole and e.tensor_name not in unbacked
+        ],
+        "marks": marks,
+        "ticks": None
+        if ticks is None
+        else {
+            "ring": ticks.maps["ticks"],
+            "clocks": ticks.maps["clocks"],
+            "wakes": ticks.maps["wakes"],
+            "ring_bytes": tick_probes.RING_BYTES,
+            "marks": tick_probes.MARKS,
+        },
+        "keep": [] if ticks is None else ticks.descriptors(),
+        "cgroup": {"folder": str(group.path) if group else "", "version": group.version if group else 2},
+        "strategy": strategy,
+        "budget": options.budget,
+        "window": max(options.window // CHUNK, 2) * CHUNK,
+        "slack": slack,
+        "depth": options.depth,
+        # Without ticks there are no tokens to compare before engaging.
+        "trial": _NEVER if options.strategy == "off" else options.trial if ticks is not None else 0,
+        "metrics": str(options.metrics.absolute()) if options.metrics else None,
+        "json": options.json,
+    }
+
+
+def become(config: Mapping[str, Any], target: Target, options: Options) -> NoReturn:
+    """Join the server's cgroup and turn into the bare sidecar."""
+    text = json.dumps(config).encode()
+    fd = os.memfd_create("llmtraced-sidecar", 0)
+    os.write(fd, text)
+    os.lseek(fd, 0, os.SEEK_SET)
+    inherited = [fd, config["pidfd"], *(f["fd"] for f in config["files"]), *config["keep"]]
+    for one in inherited:
+        os.set_inheritable(one, True)
+    if options.join:
+        _join(target.pid)
+    package = str(Path(__file__).resolve().parents[2])
+    paths = [package]
+    if config["strategy"]["path"] == "uring":
+        paths.append(sysconfig.get_path("purelib"))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", _CODE, str(fd), *paths])  # noqa: S606
+
+
+def _join(pid: int) -> None:
+    """Join the memory cgroup of ``pid``, so that what we bring in is charged where it belongs."""
+    group, own = cgroup_of(pid), cgroup_of(os.getpid())
+    if group is None or (own is not None and own.path == group.path):
+        return
+    try:
+        (group.path / "cgroup.procs").write_text(str(os.getpid()))
+    except OSError as error:
+        log.warning(
+            "cannot join the server's memory cgroup %s (%s): what is brought in is charged to ours, "
+            "so the server gets more memory than its limit says",
+            group.path,
+            error.strerror,
+        )
+
+
+WAYS: Final = (*PATHS, "uring")
+"""What ``--path`` takes."""

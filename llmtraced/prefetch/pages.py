@@ -1,0 +1,188 @@
+"""System calls on pages of a model file, for one server that has it mapped. Standard library only.
+
+The page cache is shared: what is read, locked or given back here is so for the server, which has no part in it. Files
+are handled in chunks of 2 MiB, because a chunk that is read by touching a mapping with MADV_HUGEPAGE comes in as *one*
+folio of 2 MiB (Linux 5.18 and later, on file systems with large folios: XFS; ext4 from 6.16; Btrfs from 6.17). Such a
+folio is one allocation, one entry in the page cache, one fault for the server and one step to give back, where 4 KiB
+pages are 512 of each. docs/prefetching.md has what that is worth.
+
+Rules of the kernel that this module keeps (mm/madvise.c): MADV_PAGEOUT gives back only what the *server* has mapped,
+and skips what anybody else has mapped as well. So chunks that are streamed are mapped here for a moment only, while
+they are read (:meth:`Pages.read`), and those that are pinned stay mapped and locked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Sequence
+
+__all__ = ["CHUNK", "PATHS", "Pages"]
+
+CHUNK = 2 << 20
+"""Bytes of a chunk: a huge page of x86-64. The last one of a file may be shorter."""
+
+PATHS = ("huge", "readahead", "willneed", "fadvise", "pread")
+"""Ways to bring a chunk in: touching a huge-page mapping; readahead(2); process_madvise(2) MADV_WILLNEED on the
+server's mapping; posix_fadvise(2) POSIX_FADV_WILLNEED; reading it into a scratch buffer."""
+
+_PAGE = 4096
+_PROT_READ, _MAP_SHARED = 1, 1
+_MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED = 1, 3, 4
+_MADV_HUGEPAGE, _MADV_PAGEOUT, _MADV_POPULATE_READ = 14, 21, 22
+_NR_CACHESTAT, _NR_PROCESS_MADVISE = 451, 440
+_PIECE = 512 << 10  # one readahead call reads no more than the device's largest request
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+for _name in ("munmap", "mlock", "munlock"):
+    getattr(_libc, _name).argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.readahead.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_size_t]
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+class Pages:
+    """A model file, mapped here and in the server.
+
+    Args:
+        fd: the file, open for reading.
+        pidfd: of the server.
+        maps: where the server has it: (start, end, offset in the file), any order.
+
+    Attributes:
+        size: of the file, bytes.
+        huge: whether the mapping takes huge pages.
+    """
+
+    def __init__(self, fd: int, pidfd: int, maps: Sequence[tuple[int, int, int]]) -> None:
+        self.fd, self.pidfd, self.maps = fd, pidfd, sorted(maps)
+        self.size = os.fstat(fd).st_size
+        # The kernel aligns a mapping of 2 MiB and more so that its huge pages fit (thp_get_unmapped_area).
+        address = _libc.mmap(None, self.size, _PROT_READ, _MAP_SHARED, fd, 0)
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self._base: int = address
+        whole = self.size // _PAGE * _PAGE
+        self.huge = _libc.madvise(address, whole, _MADV_HUGEPAGE) == 0
+        # Only what is asked for: without this a huge-page fault reads the next chunk, too.
+        _libc.madvise(address, whole, _MADV_RANDOM)
+
+    def close(self) -> None:
+        """Unmap the file here; what was locked is no longer."""
+        _libc.munmap(self._base, self.size)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks in the file."""
+        return -(-self.size // CHUNK)
+
+    def length(self, chunk: int) -> int:
+        """Return the bytes of a chunk."""
+        return min(CHUNK, self.size - chunk * CHUNK)
+
+    def server_ranges(self, chunk: int) -> list[tuple[int, int]]:
+        """Return (address, length) of the parts of a chunk that the server has mapped."""
+        first, last = chunk * CHUNK, chunk * CHUNK + self.length(chunk)
+        found = []
+        for start, end, offset in self.maps:
+            low, high = max(first, offset), min(last, offset + end - start)
+            if low < high:
+                found.append((start + low - offset, high - low))
+        return found
+
+    def read(self, chunk: int, path: str, scratch: object = None) -> None:
+        """Bring a chunk into the page cache by one of :data:`PATHS`, and wait until it is there.
+
+        Afterwards it is mapped by nobody here. ``scratch``: a writable buffer of :data:`CHUNK` bytes, for ``pread``.
+
+        Raises:
+            OSError: it cannot be read (the file is gone, or was cut).
+        """
+        address, length = self._base + chunk * CHUNK, self.length(chunk)
+        if path == "pread":
+            view = memoryview(scratch)[:length]  # type: ignore[arg-type]
+            os.preadv(self.fd, [view], chunk * CHUNK)
+            return
+        if path == "readahead":
+            for at in range(0, length, _PIECE):
+                _check(_libc.readahead(self.fd, chunk * CHUNK + at, min(_PIECE, length - at)))
+        elif path == "fadvise":
+            for at in range(0, length, _PIECE):
+                os.posix_fadvise(self.fd, chunk * CHUNK + at, min(_PIECE, length - at), os.POSIX_FADV_WILLNEED)
+        elif path == "willneed":
+            for start, n in self.server_ranges(chunk):
+                for at in range(0, n, _PIECE):
+                    self._advise_server(start + at, min(_PIECE, n - at), _MADV_WILLNEED)
+        try:
+            _check(_libc.madvise(address, length, _MADV_POPULATE_READ))
+        finally:
+            self.untouch(chunk)
+
+    def touching(self, chunk: int) -> tuple[int, int, int]:
+        """Return (address, length, advice) of the madvise(2) call that reads a chunk by touching it; then untouch."""
+        return self._base + chunk * CHUNK, self.length(chunk), _MADV_POPULATE_READ
+
+    def untouch(self, chunk: int) -> None:
+        """Take a chunk out of our page table again; it stays in the page cache."""
+        _libc.madvise(self._base + chunk * CHUNK, self.length(chunk), _MADV_DONTNEED)
+
+    def pin(self, chunk: int) -> None:
+        """Bring a chunk in, and keep it in memory for as long as this process lives.
+
+        Raises:
+            OSError: EAGAIN or ENOMEM: it cannot be locked (RLIMIT_MEMLOCK, or no memory); nothing stays locked.
+        """
+        address, length = self._base + chunk * CHUNK, self.length(chunk)
+        try:
+            _check(_libc.mlock(address, length))
+        except OSError:
+            self.unpin(chunk)
+            raise
+
+    def unpin(self, chunk: int) -> None:
+        """Let go of a pinned chunk; it stays in the page cache for the time being."""
+        address, length = self._base + chunk * CHUNK, self.length(chunk)
+        _libc.munlock(address, length)
+        self.untouch(chunk)
+
+    def give_back(self, chunk: int) -> None:
+        """Have the kernel take a chunk out of the server's page table and out of memory.
+
+        What cannot be (its pages are in use at this moment, or another process maps them) stays: ask
+        :meth:`resident`.
+        """
+        for start, length in self.server_ranges(chunk):
+            self._advise_server(start, length, _MADV_PAGEOUT)
+
+    def drop(self, chunk: int) -> None:
+        """Drop a chunk that nobody has mapped from the page cache."""
+        os.posix_fadvise(self.fd, chunk * CHUNK, self.length(chunk), os.POSIX_FADV_DONTNEED)
+
+    def resident(self, chunk: int, count: int = 1) -> int:
+        """Return how many bytes of ``count`` chunks are in the page cache; -1: the kernel does not tell (< 6.5)."""
+        wanted = (ctypes.c_uint64 * 2)(chunk * CHUNK, min(count * CHUNK, self.size - chunk * CHUNK))
+        answer = (ctypes.c_uint64 * 5)()
+        if _libc.syscall(_NR_CACHESTAT, self.fd, wanted, answer, 0) < 0:
+            return -1
+        return int(answer[0]) * _PAGE
+
+    def _advise_server(self, address: int, length: int, advice: int) -> None:
+        vector = _Iovec(address, length)
+        done = _libc.syscall(
+            _NR_PROCESS_MADVISE, self.pidfd, ctypes.byref(vector), ctypes.c_size_t(1), advice, ctypes.c_uint(0)
+        )
+        if done < 0 and ctypes.get_errno() not in (errno.EAGAIN, errno.EBUSY, errno.ENOMEM):
+            code = ctypes.get_errno()  # ENOMEM: the server unmapped it meanwhile
+            raise OSError(code, os.strerror(code))

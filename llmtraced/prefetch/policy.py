@@ -1,0 +1,186 @@
+"""What to pin, what to stream, and when: pure decisions, no system calls. Standard library only.
+
+A token uses the model's chunks (2 MiB of a file) in an order that is the same each time. A cache that is smaller than
+such a cycle and drops what was used least recently hits nothing. So as much as fits is pinned, spread evenly over the
+token; the rest, the *stream*, goes through a small window: a chunk is read just before it is used and given back right
+after. Then each token reads what does not fit and no byte more: bytes per token - pinned.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+
+__all__ = ["ABSENT", "READING", "READY", "Chunk", "Stream", "divide", "lay_out"]
+
+ABSENT, READING, READY = 0, 1, 2
+
+
+class Chunk:
+    """A chunk of a model file and when a token uses it.
+
+    Attributes:
+        file: number of the file.
+        number: of the chunk in its file.
+        nbytes: its size.
+        first, last: the first and last step of a token that uses it.
+    """
+
+    __slots__ = ("file", "first", "last", "nbytes", "number")
+
+    def __init__(self, file: int, number: int, nbytes: int, first: int, last: int) -> None:
+        self.file, self.number, self.nbytes, self.first, self.last = file, number, nbytes, first, last
+
+    def __repr__(self) -> str:
+        return f"Chunk({self.file}, {self.number}, {self.nbytes}, {self.first}, {self.last})"
+
+
+def lay_out(entries: list[tuple[int, int, int, int]], sizes: list[int], chunk: int) -> list[Chunk]:
+    """Return the chunks that a token uses, in order of their first use.
+
+    Args:
+        entries: (step, file, offset, size) of each use of a tensor, whole.
+        sizes: of the files, bytes.
+        chunk: bytes of a chunk.
+    """
+    found: dict[tuple[int, int], Chunk] = {}
+    for step, file, offset, size in entries:
+        for number in range(offset // chunk, -(-(offset + size) // chunk)):
+            one = found.get((file, number))
+            if one is None:
+                nbytes = min(chunk, sizes[file] - number * chunk)
+                found[file, number] = Chunk(file, number, nbytes, step, step)
+            else:
+                one.first, one.last = min(one.first, step), max(one.last, step)
+    return sorted(found.values(), key=lambda c: (c.first, c.last, c.file, c.number))
+
+
+def divide(chunks: list[Chunk], budget: int, window: int) -> tuple[list[Chunk], list[Chunk]]:
+    """Return which chunks to pin and which to stream, both in the order of use.
+
+    Chunks that stay in use for long within a token are worth most when pinned: streaming them would hold their place
+    in the window all that time. Of the others every n-th is streamed, so that each layer reads the same share and the
+    disk works evenly.
+
+    Args:
+        chunks: in order of use.
+        budget: bytes of memory for them, the window included.
+        window: bytes of memory for what is streamed.
+    """
+    total = sum(c.nbytes for c in chunks)
+    if total <= budget:
+        return list(chunks), []
+    wanted = total - max(budget - window, 0)  # bytes to stream
+    begins = [c.first for c in chunks]
+
+    def held(c: Chunk) -> int:
+        """Return how many chunks come into use while ``c`` is held."""
+        return bisect_right(begins, c.last) - bisect_right(begins, c.first)
+
+    by_hold = sorted(range(len(chunks)), key=lambda i: held(chunks[i]))
+    enough, nbytes = 0, 0
+    while enough < len(by_hold) and nbytes < wanted:
+        nbytes += chunks[by_hold[enough]].nbytes
+        enough += 1
+    most = held(chunks[by_hold[enough - 1]]) if enough else 0
+    able = [i for i in range(len(chunks)) if held(chunks[i]) <= max(most, 2)]
+    streamed: set[int] = set()
+    share, due = wanted / sum(chunks[i].nbytes for i in able), 0.0
+    for i in able:
+        due += chunks[i].nbytes * share
+        if due >= chunks[i].nbytes / 2 or due >= wanted:
+            streamed.add(i)
+            due -= chunks[i].nbytes
+    return (
+        [c for i, c in enumerate(chunks) if i not in streamed],
+        [c for i, c in enumerate(chunks) if i in streamed],
+    )
+
+
+class Stream:
+    """Which streamed chunks should be in memory now, and what became of those that were.
+
+    Args:
+        chunks: that are streamed.
+        window: how many may be in memory.
+
+    Attributes:
+        chunks: in the order in which they are done with.
+        state: of each, ABSENT, READING or READY.
+        used, late, missed, wasted: chunks that were there in time; under way when the server came; not even asked
+            for then; there, and given back unused.
+        ahead_ns: time from being ready to being used, summed over ``used``.
+    """
+
+    def __init__(self, chunks: list[Chunk], window: int) -> None:
+        self.chunks = sorted(chunks, key=lambda c: (c.last, c.first, c.file, c.number))
+        self.window = window
+        self._lasts = [c.last for c in self.chunks]
+        self._by_first = sorted(range(len(chunks)), key=lambda i: self.chunks[i].first)
+        self._firsts = [self.chunks[i].first for i in self._by_first]
+        self.state = [ABSENT] * len(self.chunks)
+        self._ready: dict[int, int] = {}  # chunk in memory: since when, ns
+        self._met: set[int] = set()  # chunks in memory, or under way, that the server has come to
+        self.used = self.late = self.missed = self.wasted = 0
+        self.ahead_ns = 0
+        self._at = 0  # the first chunk that is not done with
+        self._step = -1
+
+    def wanted(self) -> list[int]:
+        """Return the chunks that should be in memory, soonest first."""
+        count = len(self.chunks)
+        return [(self._at + i) % count for i in range(min(self.window, count))]
+
+    def move(self, step: int, now_ns: int) -> tuple[list[int], list[int]]:
+        """Take in that the server is at ``step`` of its token (0: about to begin one).
+
+        Returns:
+            Chunks to give back, and chunks to read, soonest first; the latter are READING from now on.
+        """
+        if not self.chunks:
+            return [], []
+        self._at = bisect_left(self._lasts, step) % len(self.chunks)
+        before = self._step if step >= self._step else -1
+        for i in self._by_first[bisect_right(self._firsts, before) : bisect_right(self._firsts, step)]:
+            self._meet(i, now_ns)
+        self._step = step
+        wanted = self.wanted()
+        keep = set(wanted)
+        back = [i for i in self._ready if i not in keep]
+        for i in back:
+            self.gone(i)
+        read = [i for i in wanted if self.state[i] == ABSENT]
+        for i in read:
+            self.state[i] = READING
+        return back, read
+
+    def _meet(self, i: int, now_ns: int) -> None:
+        """Note how a chunk that the server comes to was found."""
+        if self.state[i] == READY:
+            self.used += 1
+            self.ahead_ns += now_ns - self._ready[i]
+        elif self.state[i] == READING:
+            self.late += 1
+        else:
+            self.missed += 1
+            return
+        self._met.add(i)
+
+    def arrived(self, i: int, now_ns: int) -> None:
+        """Take in that a chunk has been read."""
+        self.state[i] = READY
+        self._ready[i] = now_ns
+
+    def gone(self, i: int) -> None:
+        """Take in that a chunk is not in memory (any more)."""
+        self.wasted += i in self._ready and i not in self._met
+        self._ready.pop(i, None)
+        self._met.discard(i)
+        self.state[i] = ABSENT
+
+    def clear(self) -> list[int]:
+        """Forget all, and return what was in memory."""
+        there = list(self._ready)
+        for i in there:
+            self.gone(i)
+        self._step, self._at = -1, 0
+        return there

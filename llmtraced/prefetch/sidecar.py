@@ -1,0 +1,295 @@
+"""The sidecar's loop: follow the server through its tokens, and decide when to work.
+
+Runs in a bare interpreter (``python -S -E``), put in its place by :mod:`llmtraced.prefetch.launch`, which found out all
+that is in the configuration. Standard library only; everything it holds (locked pages, probes, descriptors) goes with
+the process, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+from typing import Any
+
+from llmtraced.prefetch import governor as states
+from llmtraced.prefetch.clock import BEGIN, END, PageTable, TickRing, next_step
+from llmtraced.prefetch.governor import Governor
+from llmtraced.prefetch.memory import Memory, anonymous_bytes
+from llmtraced.prefetch.pages import CHUNK, Pages
+from llmtraced.prefetch.policy import READY, lay_out
+from llmtraced.prefetch.told import metrics_text, words
+from llmtraced.prefetch.work import Work, calibrate
+
+__all__ = ["Sidecar", "main"]
+
+_CHECK_SECONDS = 0.25  # between looks at the memory
+_GROW_SECONDS = 2.0  # so long must memory be free before more is pinned
+_POLL_SECONDS = 0.001  # between looks at the page table, where that is the clock
+
+
+def _say(text: str) -> None:
+    print(f"llmtraced: {text}", file=sys.stderr, flush=True)
+
+
+class Sidecar:
+    """One server's sidecar.
+
+    Args:
+        config: what the launcher found out: ``launch.configuration``.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self.pid: int = config["pid"]
+        self.pidfd: int = config["pidfd"]
+        self.pages = [Pages(f["fd"], self.pidfd, [tuple(m) for m in f["maps"]]) for f in config["files"]]
+        entries = [tuple(e) for e in config["entries"]]
+        self.chunks = lay_out(entries, [p.size for p in self.pages], CHUNK)
+        self.total = sum(c.nbytes for c in self.chunks)
+        self.memory = Memory(config["cgroup"]["folder"], config["cgroup"]["version"])
+        self.slack: int = config["slack"]
+        self.governor = Governor(self.total, config["trial"])
+        self.strategy: dict[str, Any] = config["strategy"]
+        self.marks: list[list[int]] = config["marks"]  # steps at which each mark's weight is used
+        ticks = config["ticks"]
+        self.ring = TickRing(*(ticks[n] for n in ("ring", "clocks", "wakes", "ring_bytes", "marks"))) if ticks else None
+        self.table = None if self.ring else PageTable(self.pid)
+        self.work: Work | None = None
+        self.budget = 0
+        self.tokens = 0
+        self.speeds: dict[str, dict[str, float]] = {}
+        self.totals: dict[str, int] = {}
+        self.stopping = False
+        self._step, self._begun, self._batch = 0, 0, 1
+        self._server_read = self._read_bytes()
+        self._checked = self._grow_since = self._written = 0.0
+        self._started = time.monotonic()
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Work until told to stop, or the server ends. Returns the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        ended = select.poll()
+        ended.register(self.pidfd, select.POLLIN)
+        if self.governor.state == states.ENGAGED:
+            self.engage()
+        while not self.stopping:
+            if self.ring is not None:
+                for tick in self.ring.wait(_CHECK_SECONDS):
+                    self._tick(*tick)
+            else:
+                self._look()
+            now = time.monotonic()
+            if now - self._checked >= _CHECK_SECONDS:
+                self._checked = now
+                if ended.poll(0):
+                    _say(f"process {self.pid} has ended")
+                    break
+                self._check_memory(now)
+                self._write_metrics(now)
+        self.release()
+        self._written = 0.0
+        self._write_metrics(time.monotonic())
+        return 0
+
+    def _stop(self, *_: object) -> None:
+        self.stopping = True
+
+    def _tick(self, ts: int, _token: int, mark: int, value: int) -> None:
+        if mark == BEGIN:
+            self._begun, self._batch = ts, value
+            self._step = 0
+        elif mark == END:
+            self._step = 0
+            if self._begun:
+                self._token_ended(ts - self._begun, self._batch)
+                self._begun = 0
+        elif mark < len(self.marks):
+            self._step = next_step(self.marks[mark], self._step if self._step else -1)
+        self._move(self._step, ts)
+
+    def _token_ended(self, duration_ns: int, batch: int) -> None:
+        self.tokens += 1
+        before, self._server_read = self._server_read, self._read_bytes()
+        if self.governor.token(duration_ns, batch, self._server_read - before, time.monotonic()):
+            self._obey()
+
+    def _obey(self) -> None:
+        _say(f"{self.governor.state}: {self.governor.why}")
+        if self.governor.state == states.ENGAGED:
+            self.engage()
+        else:
+            self.release()
+
+    def _look(self) -> None:
+        """Find out from the server's page table where it is; the clock of those without ticks."""
+        assert self.table is not None
+        time.sleep(_POLL_SECONDS)
+        stream = self.work.stream if self.work else None
+        if stream is None:
+            return
+        for i in reversed(stream.wanted()):
+            chunk = stream.chunks[i]
+            where = self.pages[chunk.file].server_ranges(chunk.number)
+            if stream.state[i] == READY and where and self.table.mapped(where[0][0]):
+                now = time.monotonic_ns()
+                if chunk.first < self._step:
+                    self._token_ended(now - self._begun, 1)
+                    self._begun = now
+                self._step = chunk.first
+                self._move(self._step, now)
+                return
+        self._move(self._step, time.monotonic_ns())
+
+    # --- working ---------------------------------------------------------------------------------------------------
+
+    def engage(self) -> None:
+        """Take over the model's pages."""
+        path = self.strategy["path"]
+        if not path:
+            self.speeds = calibrate(self.pages, self.chunks, self.config["depth"])
+            # Processor time counts as much as waiting: the server computes on the same cores.
+            path = min(self.speeds, key=lambda p: 1e9 / self.speeds[p]["bytes_per_s"] + self.speeds[p]["cpu_s_per_gb"])
+            figures = (
+                f"{p} {v['bytes_per_s'] / 1e9:.2f} GB/s at {v['cpu_s_per_gb']:.2f} s of CPU a GB"
+                for p, v in self.speeds.items()
+            )
+            _say(f"reading by {path}: {', '.join(figures)}")
+        self.work = Work(
+            self.pages, self.chunks, self.strategy, path, self.config["window"], self.config["depth"], _say
+        )
+        self.memory.struck()
+        self.budget = self._room()
+        self._divide()
+
+    def _room(self) -> int:
+        """Return the bytes that the model's chunks may take."""
+        assert self.work is not None
+        room = max(self.memory.room(self.work.resident(), self.work.pinned_bytes) - self.slack, 0)
+        asked: int | None = self.config["budget"]
+        return room if asked is None else min(room, asked)
+
+    def _divide(self) -> None:
+        assert self.work is not None
+        if self.strategy["pin"] and self.budget >= self.total + self.slack and self.governor.fits():
+            self._obey()
+            return
+        self.work.divide(self.budget)
+        self.governor.settled()
+        if self.ring is not None:
+            self.work.wake(self.ring, self.marks)
+
+    def release(self) -> None:
+        """Let go of everything; the kernel manages the model's pages again."""
+        if self.work is not None:
+            self.work.release()
+            for name, value in self.work.totals.items():
+                self.totals[name] = self.totals.get(name, 0) + value
+            self.work = None
+        if self.ring is not None:
+            self.ring.wake_at([])
+
+    def _move(self, step: int, now_ns: int) -> None:
+        if self.work is not None:
+            self.work.move(step, now_ns)
+
+    def _check_memory(self, now: float) -> None:
+        """Follow the memory: give pins up at once where it is short, pin more where it has been free for a while."""
+        work = self.work
+        if work is None:
+            return
+        work.sweep()
+        if work.pinning:
+            self.governor.settled()
+            return
+        if not self.strategy["pin"]:
+            return
+        if self.memory.struck() and self.memory.stalled_share() > 0.1:
+            self.slack += self.slack // 4  # what is free by the books is not enough
+        room = self._room()
+        if room < self.budget - self.slack // 2:
+            _say(f"memory is short by {self.budget - room >> 20} MB")
+            self.budget, self._grow_since = room, now
+            self._divide()
+        elif room < self.budget + self.slack:
+            self._grow_since = now
+        elif now - self._grow_since > _GROW_SECONDS:
+            self.budget, self._grow_since = room, now
+            self._divide()
+
+    def _read_bytes(self) -> int:
+        """Return the bytes that the server has read from disk so far; 0 if we may not know."""
+        try:
+            with open(f"/proc/{self.pid}/io") as stream:
+                return next((int(line.split()[1]) for line in stream if line.startswith("read_bytes")), 0)
+        except OSError:
+            return 0
+
+    # --- what is told ----------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, Any]:
+        """Return what was done so far; docs/prefetching.md explains the fields."""
+        t = dict.fromkeys(("used", "late", "missed", "wasted", "ahead_ns", "failed", "read_bytes"), 0) | self.totals
+        if self.work is not None:
+            self.work.count()
+            t = {name: value + self.work.totals[name] for name, value in t.items()}
+        asked = t["used"] + t["late"] + t["missed"]
+        fetched = t["used"] + t["late"] + t["wasted"]
+        with_ns, without_ns = sorted(self.governor.with_ns), sorted(self.governor.without_ns)
+        return {
+            "state": self.governor.state,
+            "why": self.governor.why,
+            "seconds": round(time.monotonic() - self._started, 3),
+            "tokens": self.tokens,
+            "model_bytes": self.total,
+            "budget_bytes": self.budget,
+            "pinned_bytes": self.work.pinned_bytes if self.work else 0,
+            "window_bytes": self.config["window"],
+            "path": self.work.path if self.work else "",
+            "clock": "ticks" if self.ring is not None else "page table",
+            "prefetched_bytes": t["read_bytes"],
+            **{f"{name}_bytes": t[name] * CHUNK for name in ("used", "late", "missed", "wasted")},
+            "precision": (t["used"] + t["late"]) / fetched if fetched else None,
+            "recall": (t["used"] + t["late"]) / asked if asked else None,
+            "in_time_share": t["used"] / asked if asked else None,
+            "mean_ahead_s": t["ahead_ns"] / t["used"] / 1e9 if t["used"] else None,
+            "failed_reads": t["failed"],
+            "ticks_lost": self.ring.lost if self.ring is not None else 0,
+            "token_s_without": without_ns[len(without_ns) // 2] / 1e9 if without_ns else None,
+            "token_s_with": with_ns[len(with_ns) // 2] / 1e9 if with_ns else None,
+            "speeds": self.speeds,
+            "anonymous_bytes": anonymous_bytes(),
+            "cpu_s": time.process_time(),
+        }
+
+    def _write_metrics(self, now: float) -> None:
+        """Write the metrics file, if one is wanted, at most once a second."""
+        path: str | None = self.config["metrics"]
+        if not path or now - self._written < 1.0:
+            return
+        self._written = now
+        temporary = f"{path}.tmp"
+        with contextlib.suppress(OSError):  # a full disk must not stop the work
+            with open(temporary, "w") as stream:
+                stream.write(metrics_text(self.summary(), self.config["label"]))
+            os.replace(temporary, path)
+
+
+def main(fd: int) -> int:
+    """Run with the configuration in the file ``fd``."""
+    with os.fdopen(fd) as stream:
+        config = json.load(stream)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as knob:
+        knob.write("1000")  # should memory run out all the same, we go and not the server
+    sidecar = Sidecar(config)
+    code = sidecar.run()
+    summary = sidecar.summary()
+    print(json.dumps(summary, indent=2) if config["json"] else words(summary), flush=True)
+    return code

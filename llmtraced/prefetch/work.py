@@ -1,0 +1,249 @@
+"""The work itself: pins, the stream, and whatever else of the model is in memory. Standard library only."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from llmtraced.prefetch.clock import TickRing, next_step
+from llmtraced.prefetch.pages import CHUNK, Pages
+from llmtraced.prefetch.policy import READY, Chunk, Stream, divide
+from llmtraced.prefetch.readers import Threads, Uring
+
+__all__ = ["Work", "calibrate"]
+
+_SAMPLE = 24  # chunks that each way of reading is tried with
+_ROUNDS = 3
+
+
+class Work:
+    """Holds a share of the model in memory and moves the rest through a window.
+
+    Args:
+        pages: of each file of the model.
+        chunks: that a token uses, in order.
+        strategy: ``pin``, ``stream``, ``evict``.
+        path: how chunks are read (pages.PATHS or ``uring``).
+        window: bytes of memory for the stream.
+        depth: chunks that are read at the same time.
+        say: where to tell what is done.
+
+    Attributes:
+        pinned: chunks that are locked.
+        stream: what moves through the window; None: nothing does.
+        totals: chunks ``used``, ``late``, ``missed``, ``wasted``, ``failed``; ``read_bytes``; ``ahead_ns``.
+    """
+
+    def __init__(
+        self,
+        pages: list[Pages],
+        chunks: list[Chunk],
+        strategy: dict[str, Any],
+        path: str,
+        window: int,
+        depth: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.pages, self.chunks, self.strategy, self.path = pages, chunks, strategy, path
+        self.window, self.depth, self.say = window, depth, say
+        self.pinned: dict[tuple[int, int], Chunk] = {}
+        self.stream: Stream | None = None
+        self.totals = dict.fromkeys(("used", "late", "missed", "wasted", "ahead_ns", "failed", "read_bytes"), 0)
+        self._reader: Threads | Uring | None = None
+        self._lingering: list[Chunk] = []  # given back, and still in memory
+        self._pinner: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes that are locked."""
+        return sum(c.nbytes for c in list(self.pinned.values()))
+
+    @property
+    def pinning(self) -> bool:
+        """Whether chunks are still being locked."""
+        return self._pinner is not None and self._pinner.is_alive()
+
+    def resident(self) -> int:
+        """Return the bytes of the model in the page cache; those that we hold, where the kernel does not tell."""
+        found = [p.resident(0, p.chunks) for p in self.pages]
+        return self.pinned_bytes + self._there() if min(found) < 0 else sum(found)
+
+    def _there(self) -> int:
+        return 0 if self.stream is None else sum(state == READY for state in self.stream.state) * CHUNK
+
+    def divide(self, budget: int) -> None:
+        """Pin and stream so that ``budget`` bytes are enough, from now on."""
+        self._end_stream()
+        self._end_pinning()
+        pin: list[Chunk] = []
+        stream = list(self.chunks)
+        if self.strategy["pin"]:
+            pin, stream = divide(self.chunks, budget, self.window if self.strategy["stream"] else 0)
+            keep = {(c.file, c.number) for c in pin}
+            for key in [key for key in self.pinned if key not in keep]:
+                chunk = self.pinned.pop(key)
+                self.pages[chunk.file].unpin(chunk.number)
+                self._give_back(chunk)
+            todo = [c for c in pin if (c.file, c.number) not in self.pinned]
+            self._pinner = threading.Thread(target=self._pin, args=(todo,), daemon=True)
+        if self.strategy["stream"] and stream:
+            if self.strategy["evict"]:
+                for chunk in stream:
+                    self._give_back(chunk)
+            self.stream = Stream(stream, max(self.window // CHUNK, 2))
+            depth = min(self.depth, self.stream.window)
+            self._reader = Uring(self.pages, depth) if self.path == "uring" else Threads(self.pages, self.path, depth)
+        if self._pinner is not None:
+            self._pinner.start()
+        self.say(
+            f"pinning {sum(c.nbytes for c in pin) >> 20} MB, "
+            + (
+                f"streaming {sum(c.nbytes for c in stream) >> 20} MB a token through {self.window >> 20} MB "
+                f"by {self.path}"
+                if self.stream is not None
+                else f"leaving {sum(c.nbytes for c in stream) >> 20} MB to the kernel"
+            )
+        )
+
+    def _pin(self, todo: list[Chunk]) -> None:
+        """Pin, in a thread of its own, until told to stop. What is there in small pages is read anew as a whole."""
+        for chunk in todo:
+            if self._stop.is_set():
+                return
+            if self.path == "huge":
+                self._give_back(chunk)
+            try:
+                self.pages[chunk.file].pin(chunk.number)
+            except OSError as error:
+                self.say(f"cannot lock more than {self.pinned_bytes >> 20} MB: {error.strerror}")
+                return
+            self.pinned[chunk.file, chunk.number] = chunk
+
+    def _end_pinning(self) -> None:
+        if self._pinner is not None:
+            self._stop.set()
+            self._pinner.join()
+            self._stop.clear()
+            self._pinner = None
+
+    def _give_back(self, chunk: Chunk) -> None:
+        pages = self.pages[chunk.file]
+        pages.give_back(chunk.number)
+        if pages.resident(chunk.number) > 0:
+            pages.drop(chunk.number)  # the server had not mapped it
+            if pages.resident(chunk.number) > 0:
+                self._lingering.append(chunk)
+
+    def wake(self, ring: TickRing, marks: list[list[int]]) -> None:
+        """Ask the clock for the steps at which a streamed chunk comes into use, or is done with.
+
+        Args:
+            ring: of the clock.
+            marks: steps at which each mark's weight is used.
+        """
+        wanted: set[int] = set()
+        if self.stream is not None:
+            at = {step: mark for mark, steps in enumerate(marks) for step in steps}
+            known = sorted(at)
+            for chunk in self.stream.chunks:
+                wanted |= {at[next_step(known, step - 1)] for step in (chunk.first, chunk.last + 1)}
+        ring.wake_at(sorted(wanted))
+
+    def move(self, step: int, now_ns: int) -> None:
+        """Take in where the server is: give back behind it, read ahead of it."""
+        stream, reader = self.stream, self._reader
+        if stream is None or reader is None:
+            return
+        for i, error in reader.collect():
+            if error:
+                self.totals["failed"] += 1
+                stream.gone(i)
+            else:
+                self.totals["read_bytes"] += stream.chunks[i].nbytes
+                stream.arrived(i, time.monotonic_ns())
+        back, read = stream.move(step, now_ns)
+        wanted = stream.wanted()
+        for i in reader.forget(set(wanted)):
+            stream.gone(i)
+        if self.strategy["evict"]:
+            again, self._lingering = self._lingering, []
+            busy = {(stream.chunks[i].file, stream.chunks[i].number) for i in wanted}
+            for chunk in again:
+                if (chunk.file, chunk.number) not in busy and (chunk.file, chunk.number) not in self.pinned:
+                    self._give_back(chunk)
+            for i in back:
+                self._give_back(stream.chunks[i])
+        reader.submit((i, stream.chunks[i].file, stream.chunks[i].number) for i in read)
+
+    def sweep(self) -> None:
+        """Give back what of the stream is in memory though it should not be: the server read it by itself."""
+        stream = self.stream
+        if stream is None or not self.strategy["evict"]:
+            return
+        wanted = set(stream.wanted())
+        for i, chunk in enumerate(stream.chunks):
+            if i not in wanted and self.pages[chunk.file].resident(chunk.number) > 0:
+                self._give_back(chunk)
+
+    def _end_stream(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+        if self.stream is not None:
+            self.count()
+            there = [self.stream.chunks[i] for i in self.stream.clear()]
+            self.count()
+            self.stream = None
+            if self.strategy["evict"]:
+                for chunk in there:
+                    self._give_back(chunk)
+
+    def count(self) -> None:
+        """Add what the stream has counted to the totals."""
+        if self.stream is not None:
+            for name in ("used", "late", "missed", "wasted", "ahead_ns"):
+                self.totals[name] += getattr(self.stream, name)
+                setattr(self.stream, name, 0)
+
+    def release(self) -> None:
+        """Let go of everything; the kernel manages the model's pages again."""
+        self._end_pinning()
+        self._end_stream()
+        for chunk in self.pinned.values():
+            self.pages[chunk.file].unpin(chunk.number)
+        self.pinned.clear()
+
+
+def calibrate(pages: list[Pages], chunks: list[Chunk], depth: int) -> dict[str, dict[str, float]]:
+    """Try each way of reading on some chunks, in turns, and return what it takes: bytes_per_s, cpu_s_per_gb.
+
+    The chunks are given back before and after; nobody else should need them just now, but nothing goes wrong if so.
+    """
+    sample = chunks[:: max(len(chunks) // _SAMPLE, 1)][:_SAMPLE]
+    taken = {path: [0.0, 0.0, 0.0] for path in ("huge", "readahead", "pread")}
+    for number in range(_ROUNDS):
+        part = sample[number::_ROUNDS]
+        for path, sums in taken.items():
+            for chunk in part:
+                pages[chunk.file].give_back(chunk.number)
+                pages[chunk.file].drop(chunk.number)
+            reader = Threads(pages, path, depth)
+            start, cpu = time.monotonic(), time.process_time()
+            reader.submit((i, c.file, c.number) for i, c in enumerate(part))
+            done = 0
+            while done < len(part):
+                time.sleep(0.0005)
+                done += len(reader.collect())
+            for at, value in enumerate((time.monotonic() - start, time.process_time() - cpu)):
+                sums[at] += value
+            sums[2] += sum(c.nbytes for c in part)
+            reader.close()
+            for chunk in part:
+                pages[chunk.file].drop(chunk.number)
+    return {
+        path: {"bytes_per_s": nbytes / seconds, "cpu_s_per_gb": cpu / nbytes * 1e9}
+        for path, (seconds, cpu, nbytes) in taken.items()
+    }

@@ -1,0 +1,143 @@
+"""The sidecar's clock (bpf/ticks.bpf.c, docs/prefetching.md): compiled in a child, attached to one process's ggml."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from llmtraced import headers
+from llmtraced.errors import UNSUPPORTED, LlmtracedError
+from llmtraced.ggml_layout import Layout
+from llmtraced.probes import kernel, loader
+from llmtraced.probes.points import Uprobe
+from llmtraced.schema import Detail
+from llmtraced.target import Symbol
+
+__all__ = ["MARKS", "POINTS", "RING_BYTES", "TICK_BEGIN", "TICK_END", "Ticks", "open_ticks"]
+
+MARKS: Final = 16_384
+"""Weights at which the clock can tell where the server is."""
+
+RING_BYTES: Final = 64 << 10
+TICK_BEGIN: Final = 0xFFFFFFFF
+TICK_END: Final = 0xFFFFFFFE
+
+POINTS: Final = (
+    Uprobe("on_begin", "ggml_graph_compute", "where the server is must be guessed from its page table", Detail.FAULTS),
+    Uprobe("on_end", "ggml_graph_compute", "idle times are not known", Detail.FAULTS, on_return=True),
+    Uprobe("on_operator", "ggml_cpu_extra_compute_forward", "multiplications tell where the server is", Detail.OPS),
+    Uprobe("on_operator", "ggml_compute_forward_mul_mat", "only graphs tell where the server is", Detail.OPS),
+)
+"""Of the last two the first that a build has is used."""
+
+_PROGRAMS: Final = ("on_begin", "on_end", "on_operator")
+_MAPS: Final = ("ticks", "clocks", "marks", "wakes")
+_CLOCK: Final = np.dtype(
+    [(n, "<u8") for n in ("n_marks", "tensor_src", "tensor_data", "mark", "token", "lost", "graph_nodes", "tensor_ne")]
+)
+
+
+@dataclass(slots=True)
+class Ticks:
+    """An attached clock.
+
+    Attributes:
+        maps: descriptors by name: ``ticks`` (the ring), ``clocks``, ``marks``, ``wakes``.
+        links: descriptors that keep it attached.
+        lost: what could not be attached, a sentence each.
+        operators: whether operators are seen, not only graphs.
+    """
+
+    maps: dict[str, int]
+    links: list[int]
+    lost: list[str]
+    operators: bool
+
+    def set_layout(self, layout: Layout, addresses: Sequence[int]) -> None:
+        """Say where fields lie, and which weights' data to look for (sorted addresses, at most :data:`MARKS`)."""
+        marks = kernel.map_array(self.maps["marks"], np.dtype("<u8"), MARKS)
+        marks[: len(addresses)] = addresses
+        clock = kernel.map_array(self.maps["clocks"], _CLOCK, 1)
+        clock["n_marks"] = len(addresses)
+        for name in ("graph_nodes", "tensor_ne", "tensor_data", "tensor_src"):  # the last one switches it on
+            clock[name] = getattr(layout, name)
+
+    def descriptors(self) -> list[int]:
+        """Return everything that must stay open."""
+        return [*self.maps.values(), *self.links]
+
+    def close(self) -> None:
+        """Detach and free everything."""
+        for fd in self.descriptors():
+            os.close(fd)
+
+
+def open_ticks(pid: int, symbols: Mapping[str, Symbol]) -> Ticks:
+    """Compile the programs and attach them to ``pid``.
+
+    Args:
+        pid: the server.
+        symbols: ggml's functions in it.
+
+    Raises:
+        LlmtracedError: no permission, no BCC or headers, or not even graphs can be seen in this build.
+    """
+    if "ggml_graph_compute" not in symbols:
+        raise LlmtracedError(
+            "this build has no symbol ggml_graph_compute (stripped?), so its graphs cannot be seen", UNSUPPORTED
+        )
+    reply, fds = loader.compile_in_child("llmtraced.probes.ticks", "")
+    named = dict(zip(reply["names"], fds, strict=True))
+    ticks = Ticks({name: named[name] for name in _MAPS}, [], [], False)
+    try:
+        for point in POINTS:
+            if point.program == "on_operator" and ticks.operators:
+                continue
+            symbol = symbols.get(point.symbol)
+            if symbol is None:
+                ticks.lost.append(f"{point}: this build has no such symbol; {point.lost}")
+                continue
+            program = named[point.program]
+            ticks.links.append(
+                kernel.open_uprobe(symbol.library, symbol.offset, pid, program, str(point), on_return=point.on_return)
+            )
+            ticks.operators |= point.program == "on_operator"
+    except BaseException:
+        ticks.close()
+        raise
+    finally:
+        for name in _PROGRAMS:  # what is attached keeps its program
+            os.close(named[name])
+    return ticks
+
+
+def _compile() -> tuple[dict[str, int], dict[str, Any]]:
+    started = time.monotonic()
+    bcc = loader.import_bcc()
+    headers.present(headers.find())
+    flags = {
+        "LT_TICK_PAGES": RING_BYTES // 4096,
+        "LT_MARKS": MARKS,
+        "LT_MARK_STEPS": MARKS.bit_length(),
+        "TICK_BEGIN": f"{TICK_BEGIN}U",
+        "TICK_END": f"{TICK_END}U",
+    }
+    text = (loader.bpf_folder() / "ticks.bpf.c").read_text()
+    try:
+        bpf = bcc.BPF(text=text, cflags=["-Wno-macro-redefined", *(f"-D{n}={v}" for n, v in flags.items())])
+        descriptors = {name: bpf.load_func(name, bcc.BPF.KPROBE).fd for name in _PROGRAMS}
+    except Exception as error:
+        raise LlmtracedError(f"BCC cannot compile or load them ({error})", UNSUPPORTED) from error
+    descriptors |= {name: bpf[name].map_fd for name in _MAPS}
+    loader.keep_alive.append(bpf)
+    return descriptors, {"names": list(descriptors), "compile_seconds": round(time.monotonic() - started, 3)}
+
+
+if __name__ == "__main__":
+    loader.answer(int(sys.argv[1]), _compile)
