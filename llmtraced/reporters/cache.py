@@ -30,7 +30,7 @@ _FATES: Final = (
     ("used", "used_bytes", plots.ONCE),
     ("not used", "wasted_bytes", plots.AGAIN),
     ("not known", "unknown_bytes", plots.REST),
-    ("still there, not used yet", "pending_bytes", "#d8d2cb"),
+    ("still there, not used yet", "pending_bytes", "#e6e1da"),
 )
 _LABELS: Final = 36  # names beside the picture, at most
 

@@ -27,7 +27,7 @@ __all__ = ["draw", "render"]
 
 _LETTERS: Final = "·ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _OTHER: Final = "?"
-_COLOURS: Final = (plots.ONCE, plots.STALL, plots.AGAIN, "#72b7b2", "#b279a2", "#9d755d")
+_COLOURS: Final = (plots.ONCE, plots.STALL, "#9ecae9", "#a63603", "#785ef0", "#882255")
 _REST: Final = plots.REST
 _CELLS: Final = 2_000  # columns of the strip: more cannot be told apart
 

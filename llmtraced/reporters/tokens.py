@@ -40,7 +40,7 @@ _WORDS: Final = {
     "wait_ns": "waiting for a read already under way",
     "hard_read_ns": "in major faults: reading from disk",
 }
-_CAUSES: Final = dict(zip(CAUSES, ("#a63603", plots.ONCE, "#009e73", "#e69f00", "#999999"), strict=True))
+_CAUSES: Final = dict(zip(CAUSES, ("#a63603", plots.ONCE, "#009e73", "#e69f00", "#d0d0d0"), strict=True))
 _COUNT: Final = "{:,.0f}".format
 _SPREAD: Final = (
     ("duration", "duration_ns", duration),
