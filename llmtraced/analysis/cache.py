@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from llmtraced.analysis.columns import Ints
+from llmtraced.analysis.columns import Ints, ahead
 from llmtraced.analysis.pages import Marks, Pages, Rows, Steps
 from llmtraced.analysis.touches import Evidence
 from llmtraced.analysis.trace import Trace, collect, verdict
@@ -40,7 +40,7 @@ def cache(trace: Trace, phase: str | None = None) -> dict[str, Any]:
     span = _span(trace, phase)
     pages = Pages(trace, phase)
     tally = _Tally(trace, pages, span)
-    for seen, steps in pages.steps(tally.look):
+    for seen, steps in ahead(pages.steps(tally.look)):
         tally.add(seen)
         tally.take(steps)
     tally.finish(pages.resident())

@@ -6,11 +6,13 @@ readahead a dozen major faults hide a gigabyte of reads.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypedDict, cast
 
 import numpy as np
 import polars as pl
 
+from llmtraced.analysis.columns import ahead
 from llmtraced.analysis.pages import Pages
 from llmtraced.analysis.reads import Reads, faults
 from llmtraced.analysis.spread import Spread
@@ -98,9 +100,12 @@ def reread(trace: Trace, phase: str | None = None, follow: bool = True) -> Rerea
     """
     pages = Pages(trace, phase)
     reads = Reads(pages)
-    away, returned = _away(pages, reads, follow)
+    with ThreadPoolExecutor(1) as pool:
+        touching = pool.submit(_touches, trace, phase)
+        away, returned = _away(pages, reads, follow)
+        touches = touching.result()
     pieces = reads.by_expert().with_columns(reread_bytes=pl.col("bytes_read") - pl.col("unique_bytes"))
-    counts = _counts(trace, phase, pieces)
+    counts = _counts(pieces, touches)
     named, other = counts.filter(pl.col("tensor_name").is_not_null()), counts.filter(pl.col("tensor_name").is_null())
     tensors = (
         trace.tensors.lazy()
@@ -145,7 +150,7 @@ def _away(pages: Pages, reads: Reads, follow: bool) -> tuple[dict[str, Any], pl.
     count = pages.tensors.height
     times, tokens = Spread(count), Spread(count)
     if follow:
-        for seen, steps in pages.steps(reads.look):
+        for seen, steps in ahead(pages.steps(reads.look)):
             reads.add(seen)
             now, past = steps.now.packed, steps.past.packed
             again = steps.only(np.flatnonzero((now & 17 == 17) & (past >= 0) & (past & 1 == 0)))
@@ -186,13 +191,14 @@ def _grouped(tensors: pl.DataFrame, *keys: str) -> list[dict[str, Any]]:
     )
 
 
-def _counts(trace: Trace, phase: str | None, pieces: pl.DataFrame) -> pl.DataFrame:
-    """Return one row a tensor (tensor_name null: bytes outside tensors), with every column of ``_COUNTS``."""
+def _touches(trace: Trace, phase: str | None) -> list[pl.DataFrame]:
+    """Return what faults and operators say, by tensor."""
     ops = trace.table("ops", phase).group_by(_TENSOR).agg(access_count=pl.len().cast(pl.Int64))
-    parts = [
-        pieces.select(*_TENSOR, *_READS, "read_count", "evicted_bytes"),
-        faults(trace, phase).drop("expert"),
-        collect(ops.with_columns(pl.col(_TENSOR).cast(pl.String))),
-    ]
+    return [faults(trace, phase).drop("expert"), collect(ops.with_columns(pl.col(_TENSOR).cast(pl.String)))]
+
+
+def _counts(pieces: pl.DataFrame, touches: list[pl.DataFrame]) -> pl.DataFrame:
+    """Return one row a tensor (tensor_name null: bytes outside tensors), with every column of ``_COUNTS``."""
+    parts = [pieces.select(*_TENSOR, *_READS, "read_count", "evicted_bytes"), *touches]
     empty = pl.DataFrame(schema={**dict.fromkeys(_TENSOR, pl.String), **dict.fromkeys(_COUNTS, pl.Int64)})
     return pl.concat([empty, *parts], how="diagonal").group_by(_TENSOR).agg(pl.col(_COUNTS).sum())
