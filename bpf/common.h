@@ -27,25 +27,32 @@ struct event {
 };
 BPF_RINGBUF_OUTPUT(ring, LT_RING_PAGES);
 
-// A traced process. The second half is written by user space through the same mapping; every field has one writer.
+// A traced process. What programs ask for at every event is in the first 64 bytes, one line of the processor's cache:
+// between two operators ggml streams megabytes of weights, so each line that a program touches is a miss, and costs
+// more than its instructions. Every field has one writer; (u): it is user space, through the same mapping.
 struct slot {
-    u64 token;       // graph evaluations so far
-    u64 phase;       // Phase
+    u64 token;                     // graph evaluations so far
+    u64 window;                    // (u) ranges of this process: first << 32 | count
+    u32 phase;                     // Phase
+    u32 epoch;                     // (u) the account's generation
+    u32 process;                   // (u) 0: the slot is free
+    u32 detail;                    // (u) Detail
+    u32 layout;                    // (u) 0: not known yet; else tensor_*, graph_* and op_* hold
+    u32 op_mul_mat, op_mul_mat_id; // (u) values of enum ggml_op in this build
+    u32 tensor_op, tensor_ne, tensor_src;
+    u64 spare;
+    // the second line
     u64 in_fault;    // threads that are in a page fault on the model
     u64 stall_since; // when in_fault left 0
     u64 stall_ns;    // time with at least one thread in such a fault
     u64 eval_ns;     // time in graph evaluations
     u64 graph_start;
-    u64 tokens[PHASE_COUNT]; // tokens evaluated, by phase
-    // written by user space
-    u64 window; // ranges of this process: first << 32 | count
-    u64 detail; // Detail
-    u64 layout; // 0: not known yet; else the offsets below hold
-    u64 graph_n_nodes, graph_nodes;
-    u64 tensor_op, tensor_ne, tensor_nb, tensor_src, tensor_data, tensor_name;
-    u64 op_mul_mat, op_mul_mat_id; // values of enum ggml_op in this build
-    u64 process;                   // 0: the slot is free
-    u64 spare[4];
+    u64 graph_n_nodes, graph_nodes; // (u)
+    u64 tensor_nb;                  // (u)
+    // the third
+    u64 tokens[PHASE_COUNT];      // tokens evaluated, by phase
+    u64 tensor_data, tensor_name; // (u)
+    u64 rest[2];
 };
 BPF_F_TABLE("array", u32, struct slot, slots, LT_SLOTS, BPF_F_MMAPABLE);
 BPF_HASH(targets, u32, u32, LT_SLOTS);     // process -> slot
@@ -101,44 +108,34 @@ struct account {
 BPF_F_TABLE("array", u32, struct account, accounts, LT_ACCOUNTS, BPF_F_MMAPABLE);
 
 BPF_F_TABLE("array", u32, u64, config, 8, BPF_F_MMAPABLE);
-#define CONFIG_EPOCH 0    // the account's generation, set by user space
-#define CONFIG_UNPLACED 1 // pages of model files that are in no total (but in the stream)
-
-INLINE u32 current_epoch(void) {
-    u32 key = CONFIG_EPOCH;
-    u64 *epoch = config.lookup(&key);
-    return epoch ? *epoch & (LT_EPOCHS - 1) : 0;
-}
+#define CONFIG_UNPLACED 0 // pages of model files that are in no total (but in the stream)
 
 INLINE struct account *account_of(u32 slot, u32 epoch, u32 probe) {
     u32 key = ((bpf_get_smp_processor_id() * LT_SLOTS + slot) * LT_EPOCHS + epoch) * PROBE_COUNT + probe;
     return accounts.lookup(&key);
 }
 
-INLINE void count(u32 slot, u32 epoch, u32 probe, u64 n) {
+// Count n events and say whether so many came that the reader should be woken. It looks by itself some times a second.
+INLINE bool count(u32 slot, u32 epoch, u32 probe, u64 n) {
+    struct account *account = account_of(slot, epoch, probe);
+    return account && (__sync_fetch_and_add(&account->counted, n) & (LT_WAKE_EVENTS - 1)) + n >= LT_WAKE_EVENTS;
+}
+
+INLINE void drop(u32 slot, u32 epoch, u32 probe, u64 n) {
     struct account *account = account_of(slot, epoch, probe);
     if (account)
-        __sync_fetch_and_add(&account->counted, n);
+        __sync_fetch_and_add(&account->dropped, n);
 }
 
 // Reserve a record for n events that were counted before, or count them as dropped.
 INLINE struct event *reserve(u32 slot, u32 epoch, u32 probe, u64 n) {
     struct event *event = ring.ringbuf_reserve(sizeof(struct event));
-    if (!event) {
-        struct account *account = account_of(slot, epoch, probe);
-        if (account)
-            __sync_fetch_and_add(&account->dropped, n);
-    }
+    if (!event)
+        drop(slot, epoch, probe, n);
     return event;
 }
 
-BPF_PERCPU_ARRAY(sent, u64, 1);
-
-// Wake the reader only now and then; it looks by itself some times a second.
-INLINE void submit(struct event *event) {
-    u32 key = 0;
-    u64 *n = sent.lookup(&key);
-    bool wake = n && (++*n & (LT_WAKE_EVENTS - 1)) == 0; // one that is lost between two programs does not matter
+INLINE void submit(struct event *event, bool wake) {
     ring.ringbuf_submit(event, wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 }
 

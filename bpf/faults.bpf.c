@@ -42,8 +42,8 @@ INLINE struct model_range *find_range(struct slot *slot, u64 address) {
 
 INLINE void emit_fault(u64 task, struct slot *slot, u32 slot_no, u64 ts, u8 outcome, u64 address, u64 latency,
                        u64 offset, u32 file_no) {
-    u32 epoch = current_epoch();
-    count(slot_no, epoch, PROBE_FAULTS, 1);
+    u32 epoch = slot->epoch;
+    bool wake = count(slot_no, epoch, PROBE_FAULTS, 1);
     struct event *event = reserve(slot_no, epoch, PROBE_FAULTS, 1);
     if (!event)
         return;
@@ -52,7 +52,7 @@ INLINE void emit_fault(u64 task, struct slot *slot, u32 slot_no, u64 ts, u8 outc
     event->b = latency;
     event->c = offset;
     event->d = file_no;
-    submit(event);
+    submit(event, wake);
 }
 
 // The current thread's entry, if it has one that holds: threads' numbers are used again.

@@ -12,10 +12,77 @@ INLINE u64 node_rows(struct slot *slot, u64 nodes, s64 i) {
     return rows;
 }
 
+// The slot of the process whose function this is: user space attaches with its number as cookie, which saves a look-up
+// in a hash map. 0 for a process that shares the memory of one that is traced (vfork).
+INLINE struct slot *probed_slot(struct pt_regs *ctx, u64 task, u32 *number) {
+    *number = bpf_get_attach_cookie(ctx) & (LT_SLOTS - 1);
+    struct slot *slot = slots.lookup(number);
+    return slot && slot->process == task >> 32 ? slot : 0;
+}
+
+// A thread that evaluates a graph: what it is computing, and the operators that it is done with. LT_OPS of them
+// together become records, since reserving and submitting one touches half a dozen lines of the processor's cache. The
+// thread that calls ggml_graph_compute is the first of the pool and speaks for all; the others find no entry and are
+// gone at once: that is asked without a helper, for the code of each is not in the cache either.
+struct op_record {
+    struct event event;
+    u64 header; // of the next record in the ring
+};
+struct op {
+    u64 thread; // 0: the entry is free
+    u64 since;  // of the operator being computed; 0: none
+    u32 more;   // a thread whose place this is had to take one of the next
+    u32 slot;
+    u32 returns; // the operator ends with its function, not with the next one
+    u32 done;    // records that wait; the next one has been begun where since is not 0
+    u32 epoch;   // of those that wait
+    u32 spare;
+    u64 stack; // where the function was entered
+    u64 spares[2];
+    struct op_record records[LT_OPS];
+};
+BPF_F_TABLE("array", u32, struct op, ops, LT_OP_THREADS, BPF_F_MMAPABLE);
+#define OP_PLACES 8 // a thread is in one of that many, the first of which its number's last bits give
+
+// The thread's entry, if it evaluates a graph of a traced process.
+INLINE struct op *current_op(u32 thread) {
+    u32 key = thread & (LT_OP_THREADS - 1);
+    struct op *op = ops.lookup(&key);
+    if (!op || op->thread == thread)
+        return op;
+    if (op->more)
+        LOOP for (u32 i = 1; i < OP_PLACES; i++) {
+            key = (thread + i) & (LT_OP_THREADS - 1);
+            op = ops.lookup(&key);
+            if (op && op->thread == thread)
+                return op;
+        }
+    return 0;
+}
+
+// Give the thread an entry; 0 if others have all of its places.
+INLINE struct op *claim_op(u32 thread, u32 slot) {
+    struct op *op = current_op(thread);
+    LOOP for (u32 i = 0; !op && i < OP_PLACES; i++) {
+        u32 key = (thread + i) & (LT_OP_THREADS - 1);
+        struct op *place = ops.lookup(&key);
+        if (place && !__sync_val_compare_and_swap(&place->thread, 0, thread))
+            op = place;
+        else if (place)
+            place->more = 1;
+    }
+    if (op) {
+        op->since = op->done = 0;
+        op->slot = slot;
+    }
+    return op;
+}
+
 // ggml_graph_compute(struct ggml_cgraph *, struct ggml_cplan *)
 int on_graph(struct pt_regs *ctx) {
+    u64 task = bpf_get_current_pid_tgid();
     u32 number = 0;
-    struct slot *slot = current_slot(&number);
+    struct slot *slot = probed_slot(ctx, task, &number);
     if (!slot)
         return 0;
     u64 graph = PT_REGS_PARM1(ctx), tokens = 0, outputs = 0, nodes = 0, now = bpf_ktime_get_ns();
@@ -32,174 +99,186 @@ int on_graph(struct pt_regs *ctx) {
     } else if (slot->token) {
         slot->phase = PHASE_UNKNOWN; // the very first graph is the warm-up, part of the load
     }
+    if (slot->detail > DETAIL_FAULTS && !claim_op(task, number)) { // its operators will be missing: say so
+        count(number, slot->epoch, PROBE_OPS, 1);
+        drop(number, slot->epoch, PROBE_OPS, 1);
+    }
     slot->graph_start = now;
     __sync_fetch_and_add(&slot->token, 1);
-    u64 phase = slot->phase;
+    u32 phase = slot->phase, epoch = slot->epoch;
     if (phase < PHASE_COUNT)
         __sync_fetch_and_add(&slot->tokens[phase], tokens);
-    u32 epoch = current_epoch();
-    count(number, epoch, PROBE_TOKENS, 1);
+    bool wake = count(number, epoch, PROBE_TOKENS, 1);
     struct event *event = reserve(number, epoch, PROBE_TOKENS, 1);
     if (!event)
         return 0;
-    stamp(event, bpf_get_current_pid_tgid(), now, slot, number, epoch, KIND_TOKEN, 0);
+    stamp(event, task, now, slot, number, epoch, KIND_TOKEN, 0);
     event->a = graph;
     event->b = (tokens & 0xffffffff) | outputs << 32;
     event->c = (u32)n_nodes;
     event->d = slot->stall_ns;
-    if (slot->layout)
-        submit(event);
-    else
-        ring.ringbuf_submit(event, BPF_RB_FORCE_WAKEUP); // user space is to look at this graph while it is there
+    submit(event, wake || !slot->layout); // user space is to look at the first graph while it is there
     return 0;
 }
 
-// What the first thread of a graph evaluation is computing. Hit hundreds of times a token, so nothing is looked up or
-// copied twice: the operator's struct ggml_tensor is read in one go and taken apart when the operator has ended.
-struct op {
-    u64 since; // 0: none
-    u32 process, slot;
-    u8 tensor[LT_TENSOR_BYTES];
-};
-BPF_TABLE("lru_hash", u32, struct op, ops, LT_SLOTS * 16); // thread -> its operator
-BPF_ARRAY(no_op, struct op, 1);                            // zeros, larger than a program's stack should hold
-
-INLINE u64 tensor_u64(struct op *op, u64 offset) {
-    return *(u64 *)(op->tensor + (offset & (LT_TENSOR_BYTES - 8)));
-}
-
-INLINE u32 tensor_op(struct op *op, struct slot *slot) {
-    return *(u32 *)(op->tensor + (slot->tensor_op & (LT_TENSOR_BYTES - 4)));
-}
-
-INLINE void end_op(u64 task, struct slot *slot, struct op *op, u64 now) {
-    if (!op->since)
+// Make records of the operators that wait: one stretch in the ring, which its reader takes for single records.
+INLINE void send_ops(struct slot *slot, u32 number, struct op *op) {
+    u32 epoch = slot->epoch;
+    if (!op->done)
         return;
-    u32 epoch = current_epoch(), number = op->slot;
-    count(number, epoch, PROBE_OPS, 1);
-    struct event *event = reserve(number, epoch, PROBE_OPS, 1);
-    if (event) {
-        stamp(event, task, op->since, slot, number, epoch, KIND_OP, 0);
-        event->a = tensor_u64(op, slot->tensor_src);
-        event->b = tensor_u64(op, slot->tensor_src + 8);
-        event->c = now - op->since;
-        event->d = tensor_op(op, slot) | tensor_u64(op, slot->tensor_ne + 8) << 32; // its rows
-        submit(event);
-    }
+    u64 last = (op->done - 1) & (LT_OPS - 1); // so the verifier knows its range
+    if (op->epoch != epoch)                   // they are counted now
+        LOOP for (u32 i = 0; i < LT_OPS; i++) op->records[i].event.mark = (op->records[i].event.mark & 15) | epoch << 4;
+    bool wake = count(number, epoch, PROBE_OPS, last + 1);
+    u64 bytes = last * sizeof(struct op_record) + sizeof(struct event);
+    if (ring.ringbuf_output(&op->records[0], bytes, wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP))
+        drop(number, epoch, PROBE_OPS, last + 1);
+    op->done = 0;
+}
+
+INLINE void end_op(u64 task, struct slot *slot, u32 number, struct op *op, u64 now) {
+    struct event *event = &op->records[op->done & (LT_OPS - 1)].event;
+    u32 epoch = slot->epoch;
+    event->token = slot->token;
+    event->tid = task;
+    event->pid = task >> 32;
+    event->kind = KIND_OP;
+    event->code = 0;
+    event->slot = number;
+    event->mark = (slot->phase & 15) | epoch << 4;
+    event->c = now - op->since;
     op->since = 0;
+    if (op->done == 0)
+        op->epoch = epoch;
+    if (++op->done >= LT_OPS || op->epoch != epoch)
+        send_ops(slot, number, op);
+}
+
+// The operator at dst begins, if it is to be recorded. now: 0 if not known yet.
+INLINE bool begin_op(struct slot *slot, struct op *op, u64 dst, u64 now, u32 returns) {
+    u32 kind = 0, at_src = slot->tensor_src & 0xf8, at_op = slot->tensor_op & 0xfc,
+        at_rows = (slot->tensor_ne + 8) & 0xf8;
+    if (!returns && slot->detail < DETAIL_FULL) { // most are none of ours, and a word tells
+        bpf_probe_read_user(&kind, sizeof(kind), (void *)(dst + at_op));
+        if (kind != slot->op_mul_mat && (!slot->op_mul_mat_id || kind != slot->op_mul_mat_id))
+            return false;
+    }
+    // All that is asked for in one go: fields one by one would be one cache miss after the other.
+    char tensor[LT_TENSOR_BYTES];
+    if (bpf_probe_read_user(tensor, sizeof(tensor), (void *)dst) || at_src > LT_TENSOR_BYTES - 16 ||
+        at_op > LT_TENSOR_BYTES - 4 || at_rows > LT_TENSOR_BYTES - 8)
+        return false;
+    kind = *(u32 *)(tensor + at_op);
+    if (slot->detail < DETAIL_FULL && kind != slot->op_mul_mat && (!slot->op_mul_mat_id || kind != slot->op_mul_mat_id))
+        return false;
+    struct event *event = &op->records[op->done & (LT_OPS - 1)].event;
+    event->a = *(u64 *)(tensor + at_src);
+    event->b = *(u64 *)(tensor + at_src + 8);
+    event->d = kind | *(u64 *)(tensor + at_rows) << 32;
+    event->ts = now ? now : bpf_ktime_get_ns();
+    op->since = event->ts;
+    op->returns = returns;
+    return true;
 }
 
 int on_graph_return(struct pt_regs *ctx) {
+    u64 task = bpf_get_current_pid_tgid();
     u32 number = 0;
-    struct slot *slot = current_slot(&number);
+    struct slot *slot = probed_slot(ctx, task, &number);
     if (!slot || !slot->graph_start)
         return 0;
-    u64 task = bpf_get_current_pid_tgid(), now = bpf_ktime_get_ns();
-    u32 thread = task;
-    struct op *last = ops.lookup(&thread);
-    if (last && last->process == task >> 32)
-        end_op(task, slot, last, now);
+    u64 now = bpf_ktime_get_ns();
+    struct op *op = current_op(task);
+    if (op) {
+        if (op->since && !op->returns)
+            end_op(task, slot, number, op, now);
+        send_ops(slot, number, op);
+        op->since = 0;
+        op->thread = 0;
+    }
     __sync_fetch_and_add(&slot->eval_ns, now - slot->graph_start);
-    u32 epoch = current_epoch();
-    count(number, epoch, PROBE_TOKENS, 1);
+    u32 epoch = slot->epoch;
+    bool wake = count(number, epoch, PROBE_TOKENS, 1);
     struct event *event = reserve(number, epoch, PROBE_TOKENS, 1);
     if (!event)
         return 0;
-    stamp(event, bpf_get_current_pid_tgid(), now, slot, number, epoch, KIND_TOKEN_END, 0);
+    stamp(event, task, now, slot, number, epoch, KIND_TOKEN_END, 0);
     event->a = 0;
     event->b = now - slot->graph_start;
     event->c = 0;
     event->d = slot->stall_ns;
-    submit(event);
+    submit(event, wake);
     return 0;
 }
 
-// Each thread of the pool calls an operator; the first (params->ith, its first field) speaks for all. That is asked
-// before anything else: the others should be gone at once.
-INLINE bool first_thread(struct pt_regs *ctx) {
-    s32 ith = -1;
-    bpf_probe_read_user(&ith, sizeof(ith), (void *)PT_REGS_PARM1(ctx));
-    return ith == 0;
-}
-
-// The thread's entry, made with its first operator; 0 if the process is not traced (any more).
-INLINE struct op *current_op(u64 task) {
-    u32 thread = task, process = task >> 32;
-    struct op *op = ops.lookup(&thread);
-    if (op && op->process == process)
-        return op;
-    u32 *number = targets.lookup(&process);
-    if (!number)
-        return 0;
-    if (!op) {
-        u32 key = 0;
-        struct op *none = no_op.lookup(&key);
-        if (none)
-            ops.update(&thread, none);
-        op = ops.lookup(&thread);
-        if (!op)
-            return 0;
-    }
-    op->since = 0;
-    op->process = process;
-    op->slot = *number;
-    return op;
-}
-
-INLINE struct slot *slot_of(struct op *op) {
-    u32 number = op->slot;
-    struct slot *slot = slots.lookup(&number);
-    return slot && slot->layout && slot->process == op->process ? slot : 0;
-}
-
-// The operator at dst if it is to be recorded: its struct ggml_tensor is then in the entry.
-INLINE bool read_op(struct slot *slot, struct op *op, u64 dst) {
-    u32 kind = 0;
-    if (slot->detail < DETAIL_FULL) { // most operators are none of ours: a word tells
-        bpf_probe_read_user(&kind, sizeof(kind), (void *)(dst + slot->tensor_op));
-        if (kind != slot->op_mul_mat && (!slot->op_mul_mat_id || kind != slot->op_mul_mat_id))
-            return false;
-    }
-    return !bpf_probe_read_user(op->tensor, LT_TENSOR_READ, (void *)dst);
+INLINE struct slot *slot_of(struct op *op, u32 *number) {
+    *number = op->slot;
+    struct slot *slot = slots.lookup(number);
+    return slot && slot->layout ? slot : 0;
 }
 
 // ggml_cpu_extra_compute_forward(params, dst), which ggml asks first for every operator, whoever computes it: one
 // probe sees them all. An operator ends where the thread's next begins, so its time includes waiting for the others.
 int on_any_op(struct pt_regs *ctx) {
-    if (!first_thread(ctx))
-        return 0;
     u64 task = bpf_get_current_pid_tgid(), now = 0;
+    u32 number = 0;
     struct op *op = current_op(task);
-    struct slot *slot = op ? slot_of(op) : 0;
+    struct slot *slot = op ? slot_of(op, &number) : 0;
     if (!slot)
         return 0;
     if (op->since) {
         now = bpf_ktime_get_ns();
-        end_op(task, slot, op, now);
+        end_op(task, slot, number, op, now);
     }
-    if (read_op(slot, op, PT_REGS_PARM2(ctx)))
-        op->since = now ? now : bpf_ktime_get_ns();
+    begin_op(slot, op, PT_REGS_PARM2(ctx), now, 0);
     return 0;
 }
 
-// ggml_compute_forward_mul_mat(const struct ggml_compute_params *, struct ggml_tensor *dst)
-int on_mul_mat(struct pt_regs *ctx) {
-    if (!first_thread(ctx))
+INLINE void on_return(u64 task, struct op *op) {
+    u32 number = 0;
+    struct slot *slot = op->since ? slot_of(op, &number) : 0;
+    if (slot)
+        end_op(task, slot, number, op, bpf_ktime_get_ns());
+}
+
+// Entry and return in one program, which the kernel calls at the return only if it said 0 on entry (a uprobe session,
+// 6.13): the other threads are spared the second trap. The function is ggml_compute_forward_mul_mat(params, dst), or a
+// method with these arguments that multiplies what was repacked (LT_COOKIE_METHOD).
+int on_matrix(struct pt_regs *ctx) {
+    u64 task = bpf_get_current_pid_tgid();
+    struct op *op = current_op(task);
+    if (!op)
+        return 1;
+    if (op->since && PT_REGS_SP(ctx) == op->stack + 8) { // a function returns with its return address taken off
+        on_return(task, op);
         return 0;
+    }
+    op->stack = PT_REGS_SP(ctx);
+    u32 number = 0;
+    struct slot *slot = slot_of(op, &number);
+    u64 dst = PT_REGS_PARM2(ctx), method_dst = PT_REGS_PARM3(ctx);
+    __asm__ volatile("" : "+r"(dst), "+r"(method_dst)); // else one load, from an address that the verifier refuses
+    if (bpf_get_attach_cookie(ctx) & LT_COOKIE_METHOD)
+        dst = method_dst;
+    return slot && begin_op(slot, op, dst, 0, 1) ? 0 : 1;
+}
+
+// The same as two probes, for older kernels. ggml_compute_forward_mul_mat(const struct ggml_compute_params *, struct
+// ggml_tensor *dst)
+int on_mul_mat(struct pt_regs *ctx) {
+    u32 number = 0;
     struct op *op = current_op(bpf_get_current_pid_tgid());
-    struct slot *slot = op ? slot_of(op) : 0;
-    if (slot && read_op(slot, op, PT_REGS_PARM2(ctx)))
-        op->since = bpf_ktime_get_ns();
+    struct slot *slot = op ? slot_of(op, &number) : 0;
+    if (slot)
+        begin_op(slot, op, PT_REGS_PARM2(ctx), 0, 1);
     return 0;
 }
 
 int on_mul_mat_return(struct pt_regs *ctx) {
     u64 task = bpf_get_current_pid_tgid();
-    u32 thread = task;
-    struct op *op = ops.lookup(&thread);
-    struct slot *slot = op && op->since && op->process == task >> 32 ? slot_of(op) : 0;
-    if (slot)
-        end_op(task, slot, op, bpf_ktime_get_ns());
+    struct op *op = current_op(task);
+    if (op)
+        on_return(task, op);
     return 0;
 }
 
@@ -222,9 +301,11 @@ INLINE bool starts_with_moe(char *name, char *rest, int n) {
 // after the choice and before the expert matrices are touched. dst "ffn_moe_weights-N", src[1] "ffn_moe_topk-N": i32
 // ids, ne[0] experts for each of ne[1] positions, rows nb[1] bytes apart.
 int on_get_rows(struct pt_regs *ctx) {
+    u64 task = bpf_get_current_pid_tgid();
     u32 number = 0;
-    struct slot *slot = first_thread(ctx) ? current_slot(&number) : 0;
-    if (!slot || !slot->layout)
+    struct op *op = current_op(task);
+    struct slot *slot = op ? slot_of(op, &number) : 0;
+    if (!slot)
         return 0;
     u64 topk = 0, ne[2] = {}, nb[2] = {}, data = 0;
     char name[24] = {}, is_weights[7] = {'w', 'e', 'i', 'g', 'h', 't', 's'}, is_topk[4] = {'t', 'o', 'p', 'k'};
@@ -247,9 +328,9 @@ int on_get_rows(struct pt_regs *ctx) {
     bpf_probe_read_user(&nb, sizeof(nb), (void *)(topk + slot->tensor_nb));
     bpf_probe_read_user(&data, sizeof(data), (void *)(topk + slot->tensor_data));
     u64 now = bpf_ktime_get_ns();
-    u32 epoch = current_epoch();
+    u32 epoch = slot->epoch;
     u64 chunks = (ne[0] + IDS_PER_RECORD - 1) / IDS_PER_RECORD, records = chunks * ne[1];
-    count(number, epoch, PROBE_ROUTING, records);
+    bool wake = count(number, epoch, PROBE_ROUTING, records);
     LOOP for (u32 i = 0; i < LT_ROUTE_RECORDS; i++) {
         if (i >= records)
             break;
@@ -261,7 +342,7 @@ int on_get_rows(struct pt_regs *ctx) {
             u32 n = left < IDS_PER_RECORD ? left : IDS_PER_RECORD;
             if (n <= IDS_PER_RECORD)
                 bpf_probe_read_user(&ids, n * 4, (void *)(data + position * nb[1] + chunk * IDS_PER_RECORD * 4));
-            stamp(event, bpf_get_current_pid_tgid(), now, slot, number, epoch, KIND_ROUTE, n);
+            stamp(event, task, now, slot, number, epoch, KIND_ROUTE, n);
             u64 packed[3] = {};
 #pragma unroll
             for (int j = 0; j < IDS_PER_RECORD; j++)
@@ -270,12 +351,11 @@ int on_get_rows(struct pt_regs *ctx) {
             event->b = packed[0];
             event->c = packed[1];
             event->d = packed[2];
-            submit(event);
+            submit(event, wake && i == 0);
         }
     }
     // A batch larger than one program may loop over: what is left out is accounted for, not forgotten.
-    struct account *account = account_of(number, epoch, PROBE_ROUTING);
-    if (account && records > LT_ROUTE_RECORDS)
-        __sync_fetch_and_add(&account->dropped, records - LT_ROUTE_RECORDS);
+    if (records > LT_ROUTE_RECORDS)
+        drop(number, epoch, PROBE_ROUTING, records - LT_ROUTE_RECORDS);
     return 0;
 }

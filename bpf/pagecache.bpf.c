@@ -30,6 +30,7 @@ struct run {
     u64 segment_base;  // good for the file whose segments begin here
     u64 segment_start, segment_end;
     u64 comm[2];
+    u64 sent;        // records
     u64 index, left; // used by total(): here and not in registers, whose every value the verifier follows
 };
 BPF_PERCPU_ARRAY(runs, struct run, 2); // 0: adds, 1: evictions
@@ -187,7 +188,7 @@ INLINE void begin_run(struct run *run, u64 mapping, u64 index, u64 pages, u64 ta
     run->file = file_no;
     run->token = slot->token;
     run->slot = slot_no;
-    run->mark = (slot->phase & 15) | current_epoch() << 4;
+    run->mark = (slot->phase & 15) | slot->epoch << 4;
     run->ts = bpf_ktime_get_ns();
     run->code = find_cause(run, target && *target == slot_no);
     run->next = run->code == CAUSE_FAULT ? NONE : index + pages; // what a fault is about is a run of its own
@@ -214,7 +215,7 @@ INLINE void end_run(struct run *run, u8 kind) {
         event->b = run->pages;
         event->c = run->comm[0];
         event->d = run->comm[1];
-        submit(event);
+        submit(event, (++run->sent & (LT_WAKE_EVENTS - 1)) == 0);
     }
     run->pages = 0;
 }
@@ -239,7 +240,7 @@ INLINE int page_cache_changes(u64 folio, u8 kind) {
         struct slot *slot = slots.lookup(&slot_no);
         if (run->next == index && run->mapping == mapping && run->task == task && run->wanted - index >= pages &&
             run->pages < RUN_PAGES && now - run->last < RUN_GAP_JIFFIES && slot && run->token == (u32)slot->token &&
-            run->mark >> 4 == current_epoch()) {
+            run->mark >> 4 == slot->epoch) {
             run->next = index + pages;
             run->pages += pages;
             run->last = now;
@@ -305,11 +306,12 @@ int on_read(struct bpf_raw_tracepoint_args *ctx) {
         reading.update(&thread, &now);
     if (same)
         return 0;
-    u32 slot_no = file->slot, epoch = current_epoch();
+    u32 slot_no = file->slot;
     struct slot *slot = slots.lookup(&slot_no);
     if (!slot)
         return 0;
-    count(slot_no, epoch, PROBE_READS, 1);
+    u32 epoch = slot->epoch;
+    bool wake = count(slot_no, epoch, PROBE_READS, 1);
     struct event *event = reserve(slot_no, epoch, PROBE_READS, 1);
     if (!event)
         return 0;
@@ -320,6 +322,6 @@ int on_read(struct bpf_raw_tracepoint_args *ctx) {
     event->b = now.last - now.index + 1;
     event->c = comm[0];
     event->d = comm[1];
-    submit(event);
+    submit(event, wake);
     return 0;
 }

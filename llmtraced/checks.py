@@ -22,7 +22,7 @@ from elftools.elf.sections import NoteSection
 from llmtraced import elf, target
 from llmtraced.cgroup import cgroup_of
 from llmtraced.errors import LlmtracedError, printable
-from llmtraced.probes import KERNEL_POINTS, PROCESS_POINTS, kernel, loader
+from llmtraced.probes import KERNEL_POINTS, MATRICES, PROCESS_POINTS, kernel, loader
 from llmtraced.probes.points import SoftwareEvent, Tracepoint
 from llmtraced.probes.tracer import Tracer
 from llmtraced.requirements import IN_CONTAINER, Check, Status, all_fine, read_text, system
@@ -31,8 +31,8 @@ from llmtraced.schema import EVENT, Kind, Phase, Probe
 
 __all__ = ["Check", "Status", "all_fine", "build_id", "probes", "process", "refused", "run"]
 
-_LOST: Final = {p.program: p.lost for p in (*KERNEL_POINTS, *PROCESS_POINTS)}
-_OPTIONAL: Final = {p.program for p in (*KERNEL_POINTS, *PROCESS_POINTS) if not p.required}
+_LOST: Final = {p.program: p.lost for p in (*KERNEL_POINTS, MATRICES, *PROCESS_POINTS)}
+_OPTIONAL: Final = {p.program for p in (*KERNEL_POINTS, MATRICES, *PROCESS_POINTS) if not p.required}
 _SELF_TEST_FAULTS: Final = 61  # prime: a count that is off by a factor cannot come out right by chance
 _FAULT_AROUND: Final = 64 << 10  # a fault maps what is cached in its aligned 64 KiB (mm/memory.c, fault_around_bytes)
 

@@ -18,8 +18,8 @@ _SYMBOL = np.dtype(
 _STT_OBJECT, _STT_FUNC = 1, 2
 
 
-def functions(path: str, prefix: bytes) -> dict[str, int]:
-    """Return the defined functions of an ELF file whose names begin with ``prefix``, and their offsets in the file.
+def functions(path: str, *prefixes: bytes) -> dict[str, int]:
+    """Return the defined functions of an ELF file whose names begin with a prefix, and their offsets in the file.
 
     Raises:
         ELFError, OSError, ValueError: not an ELF file, unreadable or malformed.
@@ -28,7 +28,7 @@ def functions(path: str, prefix: bytes) -> dict[str, int]:
     with open(path, "rb") as stream:  # noqa: PTH123  a path in /proc
         elf = _open(stream)
         segments = [(s["p_vaddr"], s["p_filesz"], s["p_offset"]) for s in elf.iter_segments("PT_LOAD")]
-        for name, value, _ in _symbols(elf, prefix, _STT_FUNC):
+        for name, value, _ in _symbols(elf, prefixes, _STT_FUNC):
             for address, size, offset in segments:
                 if address <= value < address + size:
                     found.setdefault(name, value - address + offset)
@@ -44,7 +44,7 @@ def objects(path: str, prefix: bytes) -> dict[str, tuple[int, int]]:
     with open(path, "rb") as stream:  # noqa: PTH123  a path in /proc
         elf = _open(stream)
         base = min((s["p_vaddr"] for s in elf.iter_segments("PT_LOAD")), default=0)
-        return {name: (value - base, size) for name, value, size in _symbols(elf, prefix, _STT_OBJECT)}
+        return {name: (value - base, size) for name, value, size in _symbols(elf, (prefix,), _STT_OBJECT)}
 
 
 def _open(stream: BinaryIO) -> ELFFile:
@@ -54,7 +54,7 @@ def _open(stream: BinaryIO) -> ELFFile:
     return elf
 
 
-def _symbols(elf: ELFFile, prefix: bytes, kind: int) -> Iterator[tuple[str, int, int]]:
+def _symbols(elf: ELFFile, prefixes: tuple[bytes, ...], kind: int) -> Iterator[tuple[str, int, int]]:
     """Yield name, value and size; ``.symtab`` is missing in stripped files, ``.dynsym`` has what is exported."""
     for section in elf.iter_sections():
         if section["sh_type"] not in ("SHT_DYNSYM", "SHT_SYMTAB"):
@@ -64,7 +64,7 @@ def _symbols(elf: ELFFile, prefix: bytes, kind: int) -> Iterator[tuple[str, int,
         strings = elf.get_section(section["sh_link"]).data()
         defined = table[((table["info"] & 15) == kind) & (table["section"] != 0)]
         # Anywhere, not only after a NUL: linkers store a name that ends another one inside it.
-        wanted = {m.start() for m in re.finditer(re.escape(prefix), strings)}
+        wanted = {m.start() for m in re.finditer(b"|".join(map(re.escape, prefixes)), strings)}
         for symbol in defined[np.isin(defined["name"], np.fromiter(wanted, np.uint32, len(wanted)))]:
             start = int(symbol["name"])
             name = strings[start : strings.index(b"\0", start)].decode("ascii", "replace")

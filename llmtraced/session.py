@@ -140,19 +140,24 @@ class Session:
         if found == self._maps:
             return
         self._maps = found
+        experts = self._experts
         for target in scan([self.target.pid]):
             self.target = target
             self._register(target)
             self.writer.describe(session_metadata(target, self.detail))
-        if not self.clocked:
+        if not self.clocked or experts != self._experts:
             self.set_detail(self.detail)
+
+    @property
+    def _experts(self) -> bool:
+        return any(tensor.n_experts for model in self.models.values() for tensor in model.tensors)
 
     def set_detail(self, detail: Detail) -> None:
         """Turn the dial."""
         self.detail = detail
         if "ggml_graph_compute" not in self.target.symbols and not self.target.mapped_bytes:
             return  # still loading its libraries
-        lost = self.tracer.set_detail(self.slot, detail, self.target.symbols)
+        lost = self.tracer.set_detail(self.slot, detail, self.target.symbols, experts=self._experts)
         self.problems = [p for p in self.problems if not p.startswith(("uprobe", "uretprobe"))] + lost
         for sentence in set(lost) - self._warned:
             log.warning("process %d: %s", self.target.pid, sentence)

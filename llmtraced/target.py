@@ -348,7 +348,7 @@ def _ggml_symbols(pid: int) -> Iterator[tuple[str, Symbol]]:
         seen.add(key)
         path = reachable(pid, mapping)
         try:
-            symbols = elf.functions(path, b"ggml_")
+            symbols = elf.functions(path, b"ggml_", b"_ZN4ggml3cpu")
         except (ELFError, OSError, ValueError) as error:
             log.debug("%s: no symbols: %s", mapping.path, error)
             continue

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from llmtraced.probes.points import Uprobe
+from llmtraced.probes.points import Uprobe, UprobeSession
 from llmtraced.schema import Detail
 
-__all__ = ["POINTS"]
+__all__ = ["MATRICES", "POINTS"]
 
 POINTS = (
     Uprobe("on_graph", "ggml_graph_compute", "no token clock: all rows have token 0", Detail.FAULTS),
     Uprobe("on_graph_return", "ggml_graph_compute", "tokens have no end", Detail.FAULTS, on_return=True),
     Uprobe("on_get_rows", "ggml_compute_forward_get_rows", "the experts chosen are not recorded", Detail.OPS),
-    # Two ways to see operators. The first sees all, repacked weights and merged experts too, for one trap each; where a
-    # build lacks it, mul_mat by its own symbol, for a trap on entry and a dearer one on return.
+    # Operators, where MATRICES cannot be had. The first sees all, repacked weights and merged experts too, for a trap
+    # each; where a build lacks it, mul_mat by its own symbol, for a trap on entry and another on return.
     Uprobe(
         "on_any_op",
         "ggml_cpu_extra_compute_forward",
@@ -23,3 +23,16 @@ POINTS = (
     Uprobe("on_mul_mat", "ggml_compute_forward_mul_mat", "matrix multiplications are not recorded", Detail.OPS),
     Uprobe("on_mul_mat_return", "ggml_compute_forward_mul_mat", "they have no duration", Detail.OPS, on_return=True),
 )
+
+MATRICES = UprobeSession(
+    "on_matrix",
+    "ggml_compute_forward_mul_mat",
+    r"_ZN4ggml3cpu.*15compute_forwardEP19ggml_compute_paramsP11ggml_tensor",
+    "with --detail ops, every operator costs a trap, not only matrix multiplications",
+    Detail.OPS,
+)
+"""Matrix multiplications of dense models, alone: by their own symbol, and by the methods for repacked weights.
+
+Where experts' matrices were not repacked, the code that multiplies them is inlined into its caller: for such models, as
+for ``full``, the hook for all operators is needed.
+"""

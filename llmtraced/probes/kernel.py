@@ -12,7 +12,9 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ from numpy.typing import NDArray
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
 
 __all__ = [
+    "COOKIE_METHOD",
+    "emulated",
     "load_typed_tracepoint",
+    "load_uprobe_session",
     "map_array",
     "map_delete",
     "map_lookup",
@@ -31,6 +36,7 @@ __all__ = [
     "open_software_event",
     "open_tracepoint",
     "open_uprobe",
+    "open_uprobe_session",
     "program_misses",
     "run_on_cpu",
 ]
@@ -39,7 +45,9 @@ _NR_PERF_EVENT_OPEN = 298
 _NR_BPF = 321
 _BPF_MAP_LOOKUP_ELEM, _BPF_MAP_UPDATE_ELEM, _BPF_MAP_DELETE_ELEM = 1, 2, 3
 _BPF_PROG_LOAD, _BPF_PROG_TEST_RUN, _BPF_OBJ_GET_INFO_BY_FD, _BPF_RAW_TRACEPOINT_OPEN = 5, 10, 15, 17
-_BPF_PROG_TYPE_TRACING, _BPF_TRACE_RAW_TP = 26, 23
+_BPF_LINK_CREATE = 28
+_BPF_PROG_TYPE_KPROBE, _BPF_PROG_TYPE_TRACING = 2, 26
+_BPF_TRACE_RAW_TP, _BPF_PERF_EVENT, _BPF_TRACE_UPROBE_SESSION = 23, 41, 57
 _PERF_TYPE_SOFTWARE = 1
 _PERF_FLAG_FD_CLOEXEC = 8
 _PERF_EVENT_IOC_ENABLE, _PERF_EVENT_IOC_SET_BPF = 0x2400, 0x40042408
@@ -47,6 +55,10 @@ _PERF_ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5
 _UPROBE_PMU = Path("/sys/bus/event_source/devices/uprobe")
 
 _ENDBR64 = b"\xf3\x0f\x1e\xfa"
+_EMULATED = re.compile(rb"A?[\x50-\x57]|\x90|\x0f\x1f|[\xe8\xe9\xeb]|[\x70-\x7f]", re.DOTALL)
+
+COOKIE_METHOD = 1 << 8
+"""Beside the slot in a uprobe's cookie: the function is a C++ method, with ``this`` before its other arguments."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -111,12 +123,20 @@ def load_typed_tracepoint(name: str, instructions: bytes, btf_type: int) -> int:
     Raises:
         OSError: the kernel refuses it; with the end of what the verifier said.
     """
+    return _load(name, instructions, _BPF_PROG_TYPE_TRACING, _BPF_TRACE_RAW_TP, btf_type)
+
+
+def load_uprobe_session(name: str, instructions: bytes) -> int:
+    """Load a program for :func:`open_uprobe_session`. The rest is as in :func:`load_typed_tracepoint`."""
+    return _load(name, instructions, _BPF_PROG_TYPE_KPROBE, _BPF_TRACE_UPROBE_SESSION, 0)
+
+
+def _load(name: str, instructions: bytes, kind: int, attach_type: int, btf_type: int) -> int:
     code, license_ = ctypes.create_string_buffer(instructions, len(instructions)), ctypes.create_string_buffer(b"GPL")
     # prog_type, insn_cnt, insns, license; then log_level, log_size, log_buf; then kern_version, prog_flags, prog_name,
     # prog_ifindex, expected_attach_type, prog_btf_fd and six more for functions and lines, attach_btf_id
-    count = len(instructions) // 8
-    head = struct.pack("<IIQQ", _BPF_PROG_TYPE_TRACING, count, _address(code), _address(license_))
-    tail = struct.pack("<II15sxII36xI", 0, 0, name.encode(), 0, _BPF_TRACE_RAW_TP, btf_type)
+    head = struct.pack("<IIQQ", kind, len(instructions) // 8, _address(code), _address(license_))
+    tail = struct.pack("<II15sxII36xI", 0, 0, name.encode(), 0, attach_type, btf_type)
 
     def load(log: bytes) -> int:
         buffer = ctypes.create_string_buffer(head + log + tail, 144)
@@ -208,20 +228,31 @@ def open_software_event(config: int, cpu: int, program: int, what: str) -> int:
     return _start(_perf_event_open(_attr(_PERF_TYPE_SOFTWARE, config, period=1), -1, cpu, what), program, what)
 
 
+def _code(path: str, offset: int, length: int) -> bytes:
+    try:
+        with open(path, "rb") as stream:  # noqa: PTH123  a path in /proc
+            return os.pread(stream.fileno(), length, offset)
+    except OSError:
+        return b""  # attaching will say what is wrong
+
+
 def _landing_pad(path: str, offset: int) -> int:
     """Return the length of an ``endbr64`` at ``offset``, 0 if there is none.
 
     The kernel emulates the ``push`` that most functions begin with, but single-steps an ``endbr64`` in a copy:
     measured, 0.7 against 10.9 us a hit (6.18). It changes no register and no stack, so the probe goes behind it.
     """
-    try:
-        with open(path, "rb") as stream:  # noqa: PTH123  a path in /proc
-            return len(_ENDBR64) if os.pread(stream.fileno(), len(_ENDBR64), offset) == _ENDBR64 else 0
-    except OSError:
-        return 0  # perf_event_open will say what is wrong
+    return len(_ENDBR64) if _code(path, offset, len(_ENDBR64)) == _ENDBR64 else 0
 
 
-def open_uprobe(path: str, offset: int, pid: int, program: int, what: str, *, on_return: bool = False) -> int:
+def emulated(path: str, offset: int) -> bool:
+    """Tell whether the kernel emulates the instruction that a uprobe there replaces (arch/x86/kernel/uprobes.c)."""
+    return _EMULATED.match(_code(path, offset + _landing_pad(path, offset), 2)) is not None
+
+
+def open_uprobe(
+    path: str, offset: int, pid: int, program: int, what: str, *, on_return: bool = False, cookie: int = 0
+) -> int:
     """Attach ``program`` at ``offset`` in the file ``path``, in process ``pid`` only.
 
     Args:
@@ -231,6 +262,7 @@ def open_uprobe(path: str, offset: int, pid: int, program: int, what: str, *, on
         program: of type KPROBE.
         what: for the error message.
         on_return: attach to the function's return.
+        cookie: what ``bpf_get_attach_cookie`` gives the program.
     """
     try:
         kind = int((_UPROBE_PMU / "type").read_text())
@@ -240,4 +272,44 @@ def open_uprobe(path: str, offset: int, pid: int, program: int, what: str, *, on
     offset += _landing_pad(path, offset)
     name = ctypes.create_string_buffer(os.fsencode(path))
     attr = _attr(kind, (1 << bit) if on_return else 0, config1=_address(name), config2=offset)
-    return _start(_perf_event_open(attr, pid, -1, what), program, what)
+    event = _perf_event_open(attr, pid, -1, what)
+    try:  # a link, and not the ioctl, for its cookie (5.15); it holds the event
+        link = _link_create(struct.pack("<IIIIQ", program, event, _BPF_PERF_EVENT, 0, cookie))
+        fcntl.ioctl(event, _PERF_EVENT_IOC_ENABLE, 0)
+    except OSError as error:
+        raise LlmtracedError(f"cannot attach to {what}: {error.strerror}", UNSUPPORTED) from error
+    finally:
+        os.close(event)
+    return link
+
+
+def _link_create(attr: bytes) -> int:
+    buffer = ctypes.create_string_buffer(attr, 128)
+    fd = int(_libc.syscall(_NR_BPF, _BPF_LINK_CREATE, buffer, len(buffer)))
+    if fd < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return fd
+
+
+def open_uprobe_session(path: str, cookies: Mapping[int, int], pid: int, program: int, what: str) -> int:
+    """Attach ``program`` to functions' entries and returns, in process ``pid`` only (6.13); closing detaches from all.
+
+    Args:
+        path: as for :func:`open_uprobe`.
+        cookies: what ``bpf_get_attach_cookie`` gives the program, by the function's offset in the file.
+        pid: the process.
+        program: from :func:`load_uprobe_session`. Where it returns 1 on entry, it is not called at the return.
+        what: for the error message.
+    """
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    n = len(cookies)
+    offsets = (ctypes.c_uint64 * n)(*(offset + _landing_pad(path, offset) for offset in cookies))
+    values = (ctypes.c_uint64 * n)(*cookies.values())
+    # prog_fd, target_fd, attach_type, flags; then path, offsets, ref_ctr_offsets, cookies, cnt, flags, pid
+    head = struct.pack("<IIII", program, 0, _BPF_TRACE_UPROBE_SESSION, 0)
+    addresses = ctypes.addressof(name), ctypes.addressof(offsets), 0, ctypes.addressof(values)
+    try:
+        return _link_create(head + struct.pack("<QQQQIII", *addresses, n, 0, pid))
+    except OSError as error:
+        raise _cannot_attach(what, error.errno or 0) from error

@@ -28,9 +28,11 @@ from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
 from llmtraced.ggml_layout import OPERATOR_BYTES
 from llmtraced.probes import KERNEL_POINTS, btf, kernel
 from llmtraced.probes.points import Tracepoint
+from llmtraced.probes.shared import OP_RECORDS
 
 __all__ = [
     "FILES",
+    "OP_THREADS",
     "PROGRAMS",
     "Programs",
     "Sizes",
@@ -48,6 +50,9 @@ log = logging.getLogger(__name__)
 FILES: Final = 64
 """Model files (shards) that can be traced at the same time."""
 
+OP_THREADS: Final = 256
+"""Threads that can evaluate graphs at the same time, all processes, a power of two."""
+
 PROGRAMS: Final[Mapping[str, str]] = {
     "on_fault_user": "RAW_TRACEPOINT",
     "on_fault_kernel": "RAW_TRACEPOINT",
@@ -62,15 +67,16 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "on_mul_mat": "KPROBE",
     "on_mul_mat_return": "KPROBE",
     "on_any_op": "KPROBE",
+    "on_matrix": "UPROBE_SESSION",
     "on_get_rows": "KPROBE",
 }
-"""BPF programs and their types; uprobes are of type KPROBE."""
+"""BPF programs and their types; uprobes are of type KPROBE, and BCC does not know uprobe sessions."""
 
 _TYPED: Final = {p.program: p.name for p in KERNEL_POINTS if isinstance(p, Tracepoint) and p.typed}
 
 _MAPS: Final = (
     *("ring", "slots", "targets", "prefetchers", "ranges", "file_ids", "files", "aliases"),
-    *("bounds", "counters", "seen", "accounts", "config"),
+    *("bounds", "counters", "seen", "accounts", "config", "ops"),
 )
 # System calls by number, x86-64: arch/x86/entry/syscalls/syscall_64.tbl
 _SYSCALLS_X86_64: Final = {
@@ -160,8 +166,10 @@ def compile_flags(sizes: Sizes, cpus: int, layout: Mapping[str, int]) -> list[st
         "LT_PAGE_SHIFT": schema.PAGE.bit_length() - 1,
         "LT_RUN_CHUNKS": 96,
         "LT_ROUTE_RECORDS": 2048,
-        "LT_TENSOR_BYTES": 256,
-        "LT_TENSOR_READ": OPERATOR_BYTES,
+        "LT_OP_THREADS": OP_THREADS,
+        "LT_OPS": OP_RECORDS,
+        "LT_TENSOR_BYTES": OPERATOR_BYTES,
+        "LT_COOKIE_METHOD": kernel.COOKIE_METHOD,
         "LT_SYSCALL_OFFSET": _ORIG_AX_OFFSET,
         **layout,
         **{f"SYSCALL_{name}": number for name, number in _SYSCALLS_X86_64.items()},
@@ -282,6 +290,8 @@ def _compile(sizes: Sizes) -> tuple[dict[str, int], dict[str, Any]]:
             if name in _TYPED:  # BCC cannot say for which tracepoint
                 number = types.tracepoint_type(_TYPED[name])
                 descriptors[name] = kernel.load_typed_tracepoint(name, bpf.dump_func(name.encode()), number)
+            elif kind == "UPROBE_SESSION":
+                descriptors[name] = kernel.load_uprobe_session(name, bpf.dump_func(name.encode()))
             else:
                 descriptors[name] = bpf.load_func(name, getattr(bcc.BPF, kind)).fd
         except Exception as error:

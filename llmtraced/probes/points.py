@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmtraced.schema import Detail
 
-__all__ = ["Point", "SoftwareEvent", "Tracepoint", "Uprobe"]
+__all__ = ["Point", "SoftwareEvent", "Tracepoint", "Uprobe", "UprobeSession"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,30 @@ class Uprobe:
 
     def __str__(self) -> str:
         return f"{'uretprobe' if self.on_return else 'uprobe'} {self.symbol}"
+
+
+@dataclass(frozen=True, slots=True)
+class UprobeSession:
+    """Functions of the traced process's ggml, entry and return at once, for what single :class:`Uprobe` would see too.
+
+    One link for all (a uprobe session, Linux 6.13). ``symbol`` is a function, ``methods`` a regular expression of C++
+    methods that take the same arguments after their ``this``. Only where a build has both, and the hook for all
+    operators, is it known that they see all.
+    """
+
+    program: str
+    symbol: str
+    methods: str
+    lost: str
+    detail: Detail
+
+    @property
+    def required(self) -> bool:
+        """Whether tracing is refused without it."""
+        return False
+
+    def __str__(self) -> str:
+        return f"uprobe session {self.symbol}"
 
 
 Point = Tracepoint | SoftwareEvent | Uprobe

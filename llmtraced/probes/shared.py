@@ -8,33 +8,35 @@ import numpy as np
 
 from llmtraced.schema import Cause, Phase
 
-__all__ = ["ACCOUNT", "BOUND", "CONFIG", "COUNTER", "FILE", "RANGE", "SLOT"]
+__all__ = ["ACCOUNT", "BOUND", "CONFIG", "COUNTER", "FILE", "OP", "OP_RECORD", "OP_RECORDS", "RANGE", "SLOT"]
 
 SLOT: Final = np.dtype(
     [
         ("token", "<u8"),
-        ("phase", "<u8"),
+        ("window", "<u8"),
+        ("phase", "<u4"),
+        ("epoch", "<u4"),
+        ("process", "<u4"),
+        ("detail", "<u4"),
+        ("layout", "<u4"),
+        ("op_mul_mat", "<u4"),
+        ("op_mul_mat_id", "<u4"),
+        ("tensor_op", "<u4"),
+        ("tensor_ne", "<u4"),
+        ("tensor_src", "<u4"),
+        ("spare", "<u8"),
         ("in_fault", "<u8"),
         ("stall_since", "<u8"),
         ("stall_ns", "<u8"),
         ("eval_ns", "<u8"),
         ("graph_start", "<u8"),
-        ("tokens", "<u8", (len(Phase),)),
-        ("window", "<u8"),
-        ("detail", "<u8"),
-        ("layout", "<u8"),
         ("graph_n_nodes", "<u8"),
         ("graph_nodes", "<u8"),
-        ("tensor_op", "<u8"),
-        ("tensor_ne", "<u8"),
         ("tensor_nb", "<u8"),
-        ("tensor_src", "<u8"),
+        ("tokens", "<u8", (len(Phase),)),
         ("tensor_data", "<u8"),
         ("tensor_name", "<u8"),
-        ("op_mul_mat", "<u8"),
-        ("op_mul_mat_id", "<u8"),
-        ("process", "<u8"),
-        ("spare", "<u8", (4,)),
+        ("rest", "<u8", (2,)),
     ]
 )
 RANGE: Final = np.dtype([("start", "<u8"), ("end", "<u8"), ("offset", "<u8"), ("file", "<u8")])
@@ -50,6 +52,25 @@ COUNTER: Final = np.dtype(
         ("added", "<u8", (len(Cause),)),
         ("again", "<u8"),
         ("evicted", "<u8"),
+    ]
+)
+OP_RECORDS: Final = 16
+"""Operators of a thread that become records together, a power of two."""
+
+OP_RECORD: Final = np.dtype([("event", "V56"), ("header", "<u8")])
+OP: Final = np.dtype(
+    [
+        ("thread", "<u8"),
+        ("since", "<u8"),
+        ("more", "<u4"),
+        ("slot", "<u4"),
+        ("returns", "<u4"),
+        ("done", "<u4"),
+        ("epoch", "<u4"),
+        ("spare", "<u4"),
+        ("stack", "<u8"),
+        ("spares", "<u8", (2,)),
+        ("records", OP_RECORD, (OP_RECORDS,)),
     ]
 )
 ACCOUNT: Final = np.dtype([("counted", "<u8"), ("dropped", "<u8")])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import struct
 import time
 from collections.abc import Mapping, Sequence
@@ -17,19 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
-from llmtraced.probes import KERNEL_POINTS, PROCESS_POINTS, kernel, loader
+from llmtraced.probes import KERNEL_POINTS, MATRICES, PROCESS_POINTS, kernel, loader
 from llmtraced.probes.points import SoftwareEvent, Tracepoint, Uprobe
 from llmtraced.probes.ringbuf import Ring
-from llmtraced.probes.shared import ACCOUNT, BOUND, CONFIG, COUNTER, FILE, RANGE, SLOT
+from llmtraced.probes.shared import ACCOUNT, BOUND, CONFIG, COUNTER, FILE, OP, RANGE, SLOT
 from llmtraced.resolve import Extents
-from llmtraced.schema import EPOCHS, PAGE, SLOTS, Detail, Phase, Probe
+from llmtraced.schema import EPOCHS, EVENT, PAGE, SLOTS, Detail, Phase, Probe
 from llmtraced.target import Symbol
 
 __all__ = ["Tracer"]
 
 log = logging.getLogger(__name__)
 
-_EPOCH, _UNPLACED = 0, 1  # CONFIG_* in bpf/common.h
+_UNPLACED = 0  # CONFIG_* in bpf/common.h
 
 
 class _Space:
@@ -79,6 +80,9 @@ class Tracer:
         self._counters = kernel.map_array(maps["counters"], COUNTER, self.sizes.bounds)
         self._seen = kernel.map_array(maps["seen"], BOUND, self.sizes.model_bytes // PAGE // 64)
         self._config = kernel.map_array(maps["config"], CONFIG, 8)
+        self._left: list[NDArray[Any]] = []  # operators that were not in the ring yet when their process was removed
+        self._ops = kernel.map_array(maps["ops"], OP, loader.OP_THREADS)
+        self._epoch = 0
         self._cpus = loader.possible_cpus()
         shape = (self._cpus, SLOTS, EPOCHS, len(Probe))
         self._accounts = kernel.map_array(maps["accounts"], ACCOUNT, int(np.prod(shape))).reshape(shape)
@@ -155,6 +159,7 @@ class Tracer:
         slot = free[0]
         self.slots[slot : slot + 1] = np.zeros(1, SLOT)
         self._accounts[:, slot] = np.zeros(1, ACCOUNT)
+        self.slots["epoch"][slot] = self._epoch
         self.slots["phase"][slot] = int(phase)
         self.slots["process"][slot] = pid
         self._slot_pids[slot] = pid
@@ -168,10 +173,23 @@ class Tracer:
         for fd in self._process_fds.pop(slot, {}).values():
             os.close(fd)
         kernel.map_delete(self.programs.maps["targets"], struct.pack("<I", self._slot_pids[slot]))
+        self._take_ops(slot)
         for file in [f for f, owner in self._file_slots.items() if owner == slot]:
             self.remove_file(file)
         self.slots["window"][slot] = 0
         self.slots["process"][slot] = 0
+
+    def _take_ops(self, slot: int) -> None:
+        """Take the operators that a process had computed of a graph that was cut off; no program runs for it now."""
+        for op in self._ops[(self._ops["slot"] == slot) & (self._ops["thread"] != 0)]:
+            events = np.zeros(int(op["done"]), EVENT)
+            raw = events.view(np.uint8).reshape(len(events), EVENT.itemsize)
+            raw[:, 8:] = op["records"]["event"][: len(events)].view(np.uint8).reshape(len(events), -1)
+            events["mark"] = events["mark"] & 15 | self._epoch << 4
+            self._accounts[0, slot, self._epoch, Probe.OPS]["counted"] += np.uint64(len(events))
+            self._left.append(events)
+        mine = self._ops["slot"] == slot
+        self._ops["thread"][mine], self._ops["done"][mine] = 0, 0
 
     def free(self, slot: int) -> None:
         """Let the slot be used again."""
@@ -182,7 +200,9 @@ class Tracer:
         if not self._slot_pids:
             self.detach()  # nothing to trace costs nothing
 
-    def set_detail(self, slot: int, detail: Detail, symbols: Mapping[str, Symbol]) -> list[str]:
+    def set_detail(
+        self, slot: int, detail: Detail, symbols: Mapping[str, Symbol], *, experts: bool = False
+    ) -> list[str]:
         """Attach to, or detach from, the process's ggml so that ``detail`` is recorded.
 
         What stays attached is not touched: taking a probe away takes the kernel some 100 ms, in which tokens pass.
@@ -191,20 +211,51 @@ class Tracer:
             slot: of the process.
             detail: the dial.
             symbols: ggml's functions in the process.
+            experts: its models have merged expert tensors, whose operators only the hook for all of them sees.
 
         Returns:
             What is lost for want of symbols or permission, a sentence each; empty if all could be attached.
         """
         wanted = [p for p in PROCESS_POINTS if p.detail <= detail]
-        if any(p.instead_of_ops and p.symbol in symbols for p in wanted):  # one that sees all, and needs no return
+        matrices = None
+        if detail == MATRICES.detail and not experts:
+            matrices = self._attach_matrices(slot, symbols)
+        if matrices is not None:
+            wanted = [p for p in wanted if p.program == "on_get_rows" or p.detail < MATRICES.detail]
+        elif any(p.instead_of_ops and p.symbol in symbols for p in wanted):  # one that sees all, and needs no return
             wanted = [p for p in wanted if not p.program.startswith("on_mul_mat")]
         attached = self._process_fds[slot]
-        for name in [n for n in attached if n not in {str(p) for p in wanted}]:
+        keep = {str(p) for p in wanted} | ({str(MATRICES)} if matrices else set())
+        for name in [n for n in attached if n not in keep]:
             os.close(attached.pop(name))
             del self._uprobes[slot][name]
         self.slots["detail"][slot] = int(detail)
         errors = [self._attach_uprobe(slot, point, symbols) for point in wanted if str(point) not in attached]
         return [error for error in errors if error]
+
+    def _attach_matrices(self, slot: int, symbols: Mapping[str, Symbol]) -> Symbol | None:
+        """Attach :data:`MATRICES` where it is known to see all matrices and to be cheaper; return where it is."""
+        name, program = str(MATRICES), self.programs.programs.get(MATRICES.program)
+        first = symbols.get(MATRICES.symbol)
+        methods = [s for n, s in symbols.items() if re.fullmatch(MATRICES.methods, n)]
+        hook = next((symbols[p.symbol] for p in PROCESS_POINTS if p.instead_of_ops and p.symbol in symbols), None)
+        if name in self._process_fds[slot]:
+            return self._uprobes[slot][name]
+        if program is None or first is None or hook is None or not methods:
+            return None
+        if {s.library for s in methods} != {first.library}:
+            return None
+        if not all(kernel.emulated(s.library, s.offset) for s in (first, *methods)):
+            return None  # single-stepped: dearer than a trap for each operator
+        cookies = {s.offset: slot | kernel.COOKIE_METHOD for s in methods} | {first.offset: slot}
+        try:
+            fd = kernel.open_uprobe_session(first.library, cookies, self._slot_pids[slot], program, name)
+        except LlmtracedError as error:
+            log.debug("%s; %s", error, MATRICES.lost)
+            return None
+        self._process_fds[slot][name] = fd
+        self._uprobes[slot][name] = first
+        return first
 
     def _attach_uprobe(self, slot: int, point: Uprobe, symbols: Mapping[str, Symbol]) -> str | None:
         symbol = symbols.get(point.symbol)
@@ -218,6 +269,7 @@ class Tracer:
                 self._program(point.program),
                 str(point),
                 on_return=point.on_return,
+                cookie=slot,
             )
         except LlmtracedError as error:
             return f"{error}; {point.lost}"
@@ -348,7 +400,7 @@ class Tracer:
     @property
     def epoch(self) -> int:
         """The account's current generation."""
-        return int(self._config[_EPOCH])
+        return self._epoch
 
     @property
     def unplaced(self) -> int:
@@ -357,10 +409,10 @@ class Tracer:
 
     def next_epoch(self) -> int:
         """Begin a new generation, with an empty account, and return the one before."""
-        before = self.epoch
-        following = (before + 1) % EPOCHS
-        self._accounts[:, :, following] = np.zeros(1, ACCOUNT)
-        self._config[_EPOCH] = following
+        before = self._epoch
+        self._epoch = (before + 1) % EPOCHS
+        self._accounts[:, :, self._epoch] = np.zeros(1, ACCOUNT)
+        self.slots["epoch"] = self._epoch
         return before
 
     def account(self, slot: int, epoch: int) -> NDArray[Any]:
@@ -386,7 +438,7 @@ class Tracer:
 
     def read(self) -> list[NDArray[Any]]:
         """Return all records that are ready, dtype schema.EVENT, in batches."""
-        batches = []
+        batches, self._left = self._left, []
         room = self.ring.capacity * 2  # a producer that is faster than we are does not keep us here for ever
         while room > 0:
             batch = self.ring.read()

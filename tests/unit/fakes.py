@@ -118,7 +118,7 @@ class FakeTracer:
     def set_ranges(self, slot: int, ranges: list[tuple[int, int, int, int]]) -> None:
         self.window[slot] = ranges
 
-    def set_detail(self, slot: int, detail: Detail, symbols: object) -> list[str]:
+    def set_detail(self, slot: int, detail: Detail, symbols: object, **_settings: object) -> list[str]:
         self.detail[slot] = detail
         return list(self.lost)
 

@@ -34,21 +34,23 @@ def defines() -> dict[str, int]:
 
 
 def struct(name: str) -> list[tuple[str, int, int]]:
-    """Return (field, width, elements) of a C struct of bpf/common.h, in order."""
-    text = (loader.bpf_folder() / "common.h").read_text()
+    """Return (field, width, elements) of a C struct of bpf/, in order."""
+    text = "".join((loader.bpf_folder() / file).read_text() for file in ("common.h", "ggml.bpf.c"))
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
     body = re.search(rf"struct {name} {{(.*?)}};", text, re.DOTALL)
-    assert body, f"bpf/common.h has no struct {name}"
+    assert body, f"bpf/ has no struct {name}"
     found = []
     for declaration in body[1].split(";"):
         if not declaration.strip():
             continue
-        kind, _, fields = declaration.strip().partition(" ")
+        kind, _, fields = declaration.strip().removeprefix("struct ").partition(" ")
+        width = WIDTHS.get(kind) or sum(width * n for _, width, n in struct(kind))
         for field in fields.split(","):
             parts = re.fullmatch(r"\s*(\w+)(?:\[(\w+)\])?\s*", field)
             assert parts, field
             count = parts[2] or "1"
-            found.append((parts[1], WIDTHS[kind], int(count) if count.isdigit() else defines()[count]))
+            number = int(count) if count.isdigit() else (defines() | {"LT_OPS": shared.OP_RECORDS})[count]
+            found.append((parts[1], width, number))
     return found
 
 
@@ -77,12 +79,38 @@ def test_event_is_the_ring_s_header_and_struct_event() -> None:
         (shared.FILE, "model_file"),
         (shared.COUNTER, "counter"),
         (shared.ACCOUNT, "account"),
+        (shared.OP, "op"),
+        (shared.OP_RECORD, "op_record"),
     ],
 )
 def test_shared_arrays_mirror_their_structs(dtype: np.dtype, name: str) -> None:  # type: ignore[type-arg]
     assert fields(dtype) == struct(name)
-    assert {width for _, width, _ in struct(name)} == {8}
-    assert dtype.itemsize == sum(8 * n for _, _, n in struct(name))
+    assert dtype.itemsize == sum(width * n for _, width, n in struct(name))
+    assert dtype.itemsize % 8 == 0, "the kernel would pad"
+    assert all(offset % dtype[n].base.itemsize == 0 for n, (_, offset, *_) in dtype.fields.items()), (  # type: ignore[union-attr]
+        "C would pad"
+    )
+
+
+def test_what_programs_touch_at_each_event_is_in_one_line() -> None:
+    assert shared.OP.fields["records"][1] == 64  # type: ignore[index]
+    assert shared.OP_RECORD.itemsize == EVENT.itemsize == 64
+    assert shared.SLOT.itemsize % 64 == 0
+    offsets = {name: field[1] for name, field in shared.SLOT.fields.items()}  # type: ignore[union-attr]
+    first = (
+        "token",
+        "window",
+        "phase",
+        "epoch",
+        "process",
+        "detail",
+        "layout",
+        "op_mul_mat",
+        "tensor_op",
+        "tensor_src",
+    )
+    assert all(offsets[name] < 64 for name in first)
+    assert {offsets[name] // 64 for name in ("in_fault", "stall_since", "stall_ns", "graph_start")} == {1}
 
 
 def test_plain_arrays_are_u64() -> None:
