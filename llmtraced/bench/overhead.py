@@ -24,7 +24,7 @@ from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.schema import Detail
 from llmtraced.values import size
 
-__all__ = ["CONTROL", "limit_bytes", "run"]
+__all__ = ["CONTROL", "busy_seconds", "limit_bytes", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -91,16 +91,16 @@ class _Condition:
 
     def _processors(self) -> tuple[float, float, float]:
         """Return processor seconds so far of the recorder, of the server, and of everything (stolen time too)."""
-        return self.switch.cpu_seconds(), cpu_seconds(self.server.pid), _busy_seconds()
+        return self.switch.cpu_seconds(), cpu_seconds(self.server.pid), busy_seconds()
 
     def wait_for_calm(self) -> None:
         """Wait until others leave the processors alone, or for a minute."""
         deadline = time.monotonic() + _CALM_SECONDS
         busy = _FOREIGN + 1
         while busy > _FOREIGN and time.monotonic() < deadline:
-            start, before = time.monotonic(), _busy_seconds()
+            start, before = time.monotonic(), busy_seconds()
             time.sleep(0.2)
-            busy = (_busy_seconds() - before) / (time.monotonic() - start)
+            busy = (busy_seconds() - before) / (time.monotonic() - start)
 
     def pair(self, detail: Detail | None, reverse: bool) -> tuple[dict[str, Any], dict[str, Any], int]:
         """Return both halves of a pair, repeated while others disturb it, and how often it was disturbed."""
@@ -198,7 +198,7 @@ class _Condition:
         return round((self.switch.cpu_seconds() - before) / (time.monotonic() - start), 5)
 
 
-def _busy_seconds(stat: Path = Path("/proc/stat")) -> float:
+def busy_seconds(stat: Path = Path("/proc/stat")) -> float:
     """Return the processor seconds that were not idle since boot, all cores; time stolen by the hypervisor counts."""
     user, nice, system, _idle, _iowait, irq, softirq, steal = (int(n) for n in stat.read_text().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

@@ -3,8 +3,9 @@
   events     events a second: the ring read in batches and through BCC, resolved, written to Parquet; bytes a fault
   overhead   tokens a second of a real llama-server with tracing and without it, in interleaved pairs
   query      seconds and memory of each report on a made-up trace of 100 million rows
+  prefetch   tokens a second of a server whose model does not fit, with the sidecar and with what else one could do
 
-The first two need root. docs/benchmarks.md says how each is measured and what the figures mean.
+All but `query` need root. docs/benchmarks.md says how each is measured and what the figures mean.
 """
 
 from __future__ import annotations
@@ -109,6 +110,57 @@ def _query(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _prefetch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory",
+        metavar="LIST",
+        default="85%",
+        help="shares of the model, beside the server's own memory, or sizes for all (default 85%%)",
+    )
+    parser.add_argument(
+        "--read-ahead-kb", metavar="LIST", type=_counts, default=(), help="such as 128,8192 (default: as it is)"
+    )
+    parser.add_argument(
+        "--strategies",
+        metavar="LIST",
+        default="",
+        help="of off,auto,pin,pattern,uring,readahead,vmtouch,load-none,load-dio (default: all)",
+    )
+    parser.add_argument(
+        "--model", metavar="MODEL", default="dense", help="dense, gemma, or a GGUF file (default dense: 1.7 GB)"
+    )
+    parser.add_argument("--rounds", metavar="N", type=_count, default=5, help="of each strategy (default 5)")
+    parser.add_argument("--tokens", metavar="N", type=_count, default=16, help="tokens a request (default 16)")
+    parser.add_argument(
+        "--prompt-tokens", metavar="N", type=int, default=256, help="of the prompt; 0: none is measured (default 256)"
+    )
+    parser.add_argument(
+        "--threads", metavar="N", type=_count, default=2, help="the server's compute threads (default 2)"
+    )
+    parser.add_argument(
+        "--pressure",
+        choices=("cgroup", "lock"),
+        default="cgroup",
+        help="limit the server's cgroup, or lock the machine's memory but for 2 GB or more (default cgroup)",
+    )
+
+
+def _prefetch(args: argparse.Namespace) -> dict[str, Any]:
+    from llmtraced.bench import prefetch
+
+    return prefetch.run(
+        strategies=args.strategies.split(",") if args.strategies else prefetch.STRATEGIES,
+        memory=args.memory.split(","),
+        read_ahead_kb=args.read_ahead_kb,
+        model=args.model,
+        rounds=args.rounds,
+        tokens=args.tokens,
+        prompt_tokens=args.prompt_tokens,
+        threads=args.threads,
+        pressure=args.pressure,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Benchmark:
     """One benchmark.
@@ -132,6 +184,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "events": Benchmark("events a second, bytes a fault", _events_arguments, _events),
     "overhead": Benchmark("tokens a second with tracing and without", _overhead_arguments, _overhead),
     "query": Benchmark("seconds and memory of each report", _query_arguments, _query, "show_query", root=False),
+    "prefetch": Benchmark("tokens a second with the sidecar", _prefetch_arguments, _prefetch, "show_prefetch"),
 }
 
 
@@ -174,6 +227,10 @@ def _count(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is not a number of 1 or more")
     return int(word)
+
+
+def _counts(word: str) -> tuple[int, ...]:
+    return tuple(_count(one) for one in word.split(","))
 
 
 def _rows(word: str) -> int:

@@ -1,0 +1,336 @@
+"""What runs beside a server that is measured: the sidecar, vmtouch, a process that locks memory; and the disk's rate.
+
+Each ends with its ``with`` block and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from llmtraced.bench.engine import stop
+from llmtraced.bench.fetch import log_tail
+from llmtraced.bench.pressure import MemoryCgroup
+from llmtraced.errors import UNSUPPORTED, USAGE, LlmtracedError, printable
+
+__all__ = [
+    "LEFT_FREE",
+    "READ_BYTES",
+    "READ_THREADS",
+    "Locked",
+    "Seen",
+    "Settling",
+    "Sidecar",
+    "Vmtouch",
+    "bytes_to_lock",
+    "disk_bytes_per_s",
+    "parse_metrics",
+]
+
+READ_THREADS: Final = 8
+READ_BYTES: Final = 2 << 20
+"""How the disk is measured: so many reads at a time, of so many bytes, as the sidecar reads."""
+
+LEFT_FREE: Final = 2 << 30
+"""Bytes that :class:`Locked` must leave available."""
+
+_DISK_SECONDS: Final = 2.0
+_STABLE_WRITES: Final = 4  # of the metrics file, a second apart: longer than the sidecar waits before it pins more
+_SEEN_TOKENS: Final = 6  # it watches three before it decides
+_LOCK_SECONDS: Final = 120.0
+_PR_SET_PDEATHSIG: Final = 1
+
+
+# --- the disk
+
+
+def disk_bytes_per_s(path: Path, seconds: float = _DISK_SECONDS) -> float:
+    """Return the rate at which the disk gives the file's bytes: O_DIRECT, READ_THREADS reads of READ_BYTES at a time.
+
+    Reads from the beginning, for ``seconds`` or until all of it was read; a file that is shorter than one read gives 0.
+
+    Raises:
+        LlmtracedError: the file system has no O_DIRECT.
+    """
+    size = path.stat().st_size
+    numbers = count()
+    start = time.monotonic()
+
+    def read(_: int) -> int:
+        total = 0
+        with mmap.mmap(-1, READ_BYTES) as buffer:  # O_DIRECT wants aligned memory
+            while time.monotonic() - start < seconds:
+                at = next(numbers) * READ_BYTES
+                if at + READ_BYTES > size:
+                    break
+                total += os.preadv(fd, [buffer], at)
+        return total
+
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            with ThreadPoolExecutor(READ_THREADS) as pool:
+                total = sum(pool.map(read, range(READ_THREADS)))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise LlmtracedError(
+            f"the disk's rate cannot be measured: {printable(str(path))} cannot be read with O_DIRECT "
+            f"({error.strerror}); put the model on an ordinary disk file system",
+            UNSUPPORTED,
+        ) from error
+    return total / (time.monotonic() - start)
+
+
+# --- the sidecar
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a metrics file of the sidecar says: when it was written (ns), and its figures."""
+
+    written_ns: int
+    engaged: bool
+    pinned_bytes: int
+    tokens: int
+
+
+def parse_metrics(text: str, written_ns: int) -> Seen | None:
+    """Return what a metrics file says; None if it is not complete."""
+    found = {name: float(value) for name, value in re.findall(r"^llmtraced_prefetch_(\w+)\{.*\} (\S+)$", text, re.M)}
+    try:
+        return Seen(written_ns, found["engaged"] == 1, int(found["pinned_bytes"]), int(found["tokens_total"]))
+    except KeyError:
+        return None
+
+
+class Settling:
+    """Tells when the sidecar has settled: it has decided, and what it pins has not changed for some seconds.
+
+    Attributes:
+        last: the last look.
+    """
+
+    def __init__(self) -> None:
+        self.last: Seen | None = None
+        self._same = 0
+
+    def settled(self, seen: Seen | None) -> bool:
+        """Take in a look at its metrics; return whether it has settled. The same file twice is one look."""
+        last = self.last
+        if seen is not None and (last is None or seen.written_ns != last.written_ns):
+            same = last is not None and (last.engaged, last.pinned_bytes) == (seen.engaged, seen.pinned_bytes)
+            self._same = self._same + 1 if same and seen.tokens >= _SEEN_TOKENS else 0
+            self.last = seen
+        return self._same >= _STABLE_WRITES - 1
+
+
+class Sidecar:
+    """``llmtraced prefetch`` on a server, as a user would start it, in a session of its own.
+
+    Args:
+        pid: the server.
+        strategy: as ``--strategy`` takes it.
+        folder: for its metrics and what it says.
+    """
+
+    def __init__(self, pid: int, strategy: str, folder: Path) -> None:
+        self.strategy, self._metrics = strategy, folder / "sidecar.prom"
+        self._out, self._log = folder / "sidecar.json", folder / "sidecar.log"
+        self._argv = [sys.executable, "-m", "llmtraced", "prefetch", "--pid", str(pid), "--strategy", strategy]
+        self._argv += ["--metrics", str(self._metrics), "--json"]
+        self._settling = Settling()
+
+    def __enter__(self) -> Self:
+        self._metrics.unlink(missing_ok=True)
+        with self._out.open("wb") as out, self._log.open("wb") as log:
+            self._child = subprocess.Popen(
+                self._argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        stop(self._child, 20.0)
+
+    @property
+    def pid(self) -> int:
+        """Its process id; launcher and sidecar are the same process."""
+        return self._child.pid
+
+    def ready(self) -> bool:
+        """Return whether it has settled.
+
+        Raises:
+            LlmtracedError: it has ended.
+        """
+        if self._child.poll() is not None:
+            raise LlmtracedError(f"the sidecar ended with status {self._child.returncode}: {log_tail(self._log, 3)}")
+        try:
+            seen = parse_metrics(self._metrics.read_text(), self._metrics.stat().st_mtime_ns)
+        except FileNotFoundError:
+            seen = None
+        return self._settling.settled(seen)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what it said of itself when it ended; ``said``: its lines of log; ``settled_pinned_bytes``: before."""
+        last = self._settling.last
+        said = {
+            "settled_pinned_bytes": last.pinned_bytes if last else None,
+            "said": [printable(line, 400) for line in self._log.read_text(errors="replace").splitlines()],
+        }
+        try:
+            return {**json.loads(self._out.read_text()), **said}
+        except ValueError:
+            return {"state": "no summary", **said}
+
+
+# --- a comparator
+
+
+class Vmtouch:
+    """``vmtouch -l -p``: locks the first bytes of a file, inside the server's cgroup.
+
+    Args:
+        path: the file.
+        nbytes: to lock, from its beginning.
+        group: to run in.
+    """
+
+    def __init__(self, path: Path, nbytes: int, group: MemoryCgroup) -> None:
+        self.nbytes = min(nbytes, path.stat().st_size) >> 20 << 20
+        self._argv = group.enter_command(["vmtouch", "-q", "-l", "-p", f"-{self.nbytes >> 20}M", str(path)])
+
+    @staticmethod
+    def installed() -> bool:
+        """Return whether there is a vmtouch."""
+        return shutil.which("vmtouch") is not None
+
+    def __enter__(self) -> Self:
+        self._child = subprocess.Popen(
+            self._argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        stop(self._child)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._child.pid
+
+    def ready(self) -> bool:
+        """Return whether everything is locked.
+
+        Raises:
+            LlmtracedError: it has ended.
+        """
+        if self._child.poll() is not None:
+            raise LlmtracedError(f"vmtouch ended with status {self._child.returncode}")
+        return _locked_bytes(self._child.pid) >= self.nbytes
+
+    def summary(self) -> dict[str, Any]:
+        """Return ``locked_bytes``."""
+        return {"locked_bytes": self.nbytes}
+
+
+def _locked_bytes(pid: int) -> int:
+    """Return the bytes of files that a process has locked and that are there; VmLck alone counts what is to come."""
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        return min(int(kb) * 1024 for kb in re.findall(r"^(?:VmLck|RssFile):\s+(\d+) kB", status, re.M))
+    return 0
+
+
+# --- pressure on the whole machine
+
+
+def bytes_to_lock(available: int, wanted: int) -> int:
+    """Return how much memory to lock so that ``wanted`` bytes of ``available`` are left.
+
+    Raises:
+        LlmtracedError: less than :data:`LEFT_FREE` would be left, or there is not more than that to begin with.
+    """
+    if wanted < LEFT_FREE:
+        raise LlmtracedError(
+            f"--pressure lock would leave {wanted / 1e9:.2f} GB to the whole machine, and {LEFT_FREE / 1e9:.2f} GB is "
+            "the least that is safe: take a larger model or more memory, or --pressure cgroup",
+            USAGE,
+        )
+    if available <= wanted:
+        raise LlmtracedError(f"only {available / 1e9:.2f} GB are available: nothing is left to be locked")
+    return available - wanted
+
+
+class Locked:
+    """A process that locks memory of the whole machine; the first to be killed should memory run out.
+
+    Args:
+        wanted: bytes that are to stay available.
+    """
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted = wanted
+        self.nbytes = 0
+
+    def __enter__(self) -> Self:
+        meminfo = Path("/proc/meminfo").read_text()
+        available = int(re.findall(r"MemAvailable:\s+(\d+) kB", meminfo)[0]) * 1024
+        self.nbytes = bytes_to_lock(available, self._wanted)
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", f"from llmtraced.bench.beside import _hold; _hold({self.nbytes})"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
+        assert self._child.stdout is not None
+        try:
+            if self._child.stdout.readline() != b"locked\n":
+                raise LlmtracedError(f"{self.nbytes / 1e9:.2f} GB of memory cannot be locked: run as root")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        stop(self._child, 5.0)
+        if self._child.stdout is not None:
+            self._child.stdout.close()
+
+
+def _hold(nbytes: int) -> None:
+    """Lock memory until told to stop, or until the parent is gone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    Path("/proc/self/oom_score_adj").write_text("1000")
+    with mmap.mmap(-1, nbytes) as memory:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        if libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(nbytes)):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        print("locked", flush=True)
+        signal.pause()
