@@ -8,7 +8,7 @@ each time, so under LRU all of them have the same reuse distance, and they are h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Any, Final, TypeAlias
 
@@ -46,6 +46,15 @@ LOOKED_UP: Final = "token_embd.weight"
 POINTS: Final = 32
 """Evenly spaced RAM sizes in the curve, from 0 to all that can be used."""
 
+_EXTENT: Final = pl.Schema(
+    {
+        "unit": pl.Int64,
+        "model": pl.String,
+        "shard": pl.Int16,
+        "offset_bytes": pl.Int64,
+        "size_bytes": pl.Int64,
+    }
+)
 _CHUNK: Final = 256
 _WARM: Final = 3  # one token in so many only prepares the caches
 
@@ -60,6 +69,7 @@ class Uses:
         rank: int64, of each use the number of its token, from 0.
         units: int64, of each use the number of its unit.
         sizes: int64, bytes of each unit: tensors in file order, then experts by layer, also those that were not chosen.
+        extents: where the units lie, in file order: unit, model, shard, offset_bytes, size_bytes.
     """
 
     source: str
@@ -67,6 +77,7 @@ class Uses:
     rank: Ints
     units: Ints
     sizes: Ints
+    extents: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=_EXTENT))
 
     @property
     def warm(self) -> int:
@@ -116,7 +127,9 @@ def uses(trace: Trace, tokens: Sequence[int]) -> Uses | None:
     number = np.cumsum(ever) - 1
     rank = np.searchsorted(kept, both["token"].to_numpy())
     sizes = units["size_bytes"].to_numpy()[ever].astype(np.int64)
-    return Uses("ops", len(kept), rank, number[both["unit"].to_numpy()], sizes)
+    extents = _extents(units, plain, merged).filter(pl.lit(pl.Series(ever)).gather(pl.col("unit")))
+    extents = extents.with_columns(unit=pl.Series(number[extents["unit"].to_numpy()]))
+    return Uses("ops", len(kept), rank, number[both["unit"].to_numpy()], sizes, extents)
 
 
 def curve(used: Uses, more: Sequence[int] = ()) -> list[dict[str, Any]]:
@@ -250,9 +263,11 @@ def _assumed(plain: pl.DataFrame) -> Uses:
     """Return two tokens that use each tensor once, the input embeddings aside where there is another output matrix."""
     names = plain["tensor_name"].to_list()
     looked_up = (pl.col("tensor_name") == LOOKED_UP) & ("output.weight" in names)
-    sizes = plain.filter(~looked_up)["size_bytes"].to_numpy().astype(np.int64)
+    some = plain.filter(~looked_up).with_row_index("unit")
+    sizes = some["size_bytes"].to_numpy().astype(np.int64)
     n = len(sizes)
-    return Uses("map", 2, np.repeat(np.arange(2), n), np.tile(np.arange(n), 2), sizes)
+    extents = some.select(*_EXTENT).cast(_EXTENT)
+    return Uses("map", 2, np.repeat(np.arange(2), n), np.tile(np.arange(n), 2), sizes, extents)
 
 
 def _experts(merged: pl.DataFrame) -> pl.DataFrame:
@@ -267,6 +282,19 @@ def _experts(merged: pl.DataFrame) -> pl.DataFrame:
         .sort("layer", "expert")
         .select(*_UNIT, "layer", "expert")
     )
+
+
+def _extents(units: pl.DataFrame, plain: pl.DataFrame, merged: pl.DataFrame) -> pl.DataFrame:
+    """Return where the units lie: a tensor in one place, an expert in one of each merged tensor of its layer."""
+    whole = units.filter(pl.col("expert").is_null()).join(
+        plain.select("model", "tensor_name", "shard", "offset_bytes"), on=["model", "tensor_name"], nulls_equal=True
+    )
+    parts = units.filter(pl.col("expert").is_not_null()).select("unit", "model", "layer", "expert")
+    slices = parts.join(merged.select("model", "layer", "shard", "offset_bytes", "expert_bytes"), on=["model", "layer"])
+    begin = pl.col("offset_bytes") + pl.col("expert").cast(pl.Int64) * pl.col("expert_bytes")
+    slices = slices.with_columns(offset_bytes=begin, size_bytes=pl.col("expert_bytes"))
+    both = pl.concat([whole.select(*_EXTENT), slices.select(*_EXTENT)], how="vertical_relaxed")
+    return both.cast(_EXTENT).sort("model", "shard", "offset_bytes")
 
 
 def _used(trace: Trace, first: int, last: int, units: pl.DataFrame) -> pl.DataFrame:

@@ -26,6 +26,8 @@ COMMANDS: Final = {
     "daemon": "find servers as they come and go, trace them, export metrics",
     "top": "the live view: what servers wait for, now",
     "report": "answers from a trace",
+    "plan": "which bytes each token uses, in order, from a trace",
+    "simulate": "other RAM sizes and policies: bytes and time per token",
     "prefetch": "the sidecar: pin, read ahead and give back a server's model pages",
     "experiment": "models at several memory limits, recorded and compared",
     "bench": "measure this tool: events, overhead, reports",

@@ -1,0 +1,82 @@
+"""Replay other amounts of RAM and other policies: bytes and time per token.
+
+  llmtraced simulate trace/                        10 to 110 % of the model
+  llmtraced simulate trace/ --ram 1.2G --ram 4G    these sizes, too
+  llmtraced simulate trace/ --disk-bandwidth 2G/s --plot curve.svg
+
+Policies: lru (the kernel as it is), pin (as much as fits is pinned, the rest
+comes by faults), pin+stream (the rest is read just ahead of the computing),
+belady (the best possible). RAM is what the model's pages may take; what else
+the server needs comes on top. docs/reports/simulate.md tells how well this
+agrees with measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from llmtraced import values
+from llmtraced.analysis.simulate import WINDOW, simulate
+from llmtraced.analysis.trace import open_trace
+from llmtraced.commands._output import add_output_arguments, check_output, write_output
+from llmtraced.reporters import plots, text
+from llmtraced.reporters.simulate import draw, render
+from llmtraced.schema import PHASES
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("trace", metavar="TRACE", type=Path, help="trace folder")
+    parser.add_argument("--ram", metavar="SIZE", type=_size, action="append", default=[], help="this size, too")
+    parser.add_argument(
+        "--disk-bandwidth", metavar="SIZE/s", type=_rate, help="of the disk (default: the best in the trace)"
+    )
+    parser.add_argument(
+        "--window",
+        metavar="SIZE",
+        type=_size,
+        default=WINDOW,
+        help="RAM that policies which pin leave for the rest to pass through (default: 64M)",
+    )
+    parser.add_argument("--json", action="store_true", help="complete figures as JSON instead of tables")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw it too, as .png or .svg (needs matplotlib)")
+    add_output_arguments(parser)
+    parser.add_argument("--session", metavar="S", help="session of the trace (default: the newest)")
+    parser.add_argument("--phase", choices=PHASES, help="tokens of this phase (default: decode)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulate, draw, print."""
+    for path in (args.output, args.plot):
+        check_output(path, args.force)
+    picture = None if args.plot is None else plots.require(args.plot)
+    trace = open_trace(args.trace, args.session)
+    report = simulate(trace, args.ram, args.disk_bandwidth, args.window, args.phase)
+    if args.json:
+        body = json.dumps(report, indent=2) + "\n"
+    else:
+        to_terminal = args.output is None and sys.stdout.isatty()
+        width = shutil.get_terminal_size((120, 24)).columns if args.output is None else 120
+        body = render(report, text.Style(width, to_terminal and "NO_COLOR" not in os.environ))
+    if picture is not None:
+        write_output(draw(report, picture), args.plot)
+    write_output(body.encode(), args.output)
+    return 0
+
+
+def _size(word: str) -> int:
+    number = values.size(word)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"not a size above 0: {word!r}")
+    return number
+
+
+def _rate(word: str) -> int:
+    return _size(word.removesuffix("/s"))
