@@ -33,8 +33,9 @@ SHARES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1
 WINDOW: Final = 64 << 20
 """Bytes of RAM that a policy which pins keeps free, for what is not pinned to pass through."""
 
-STARTS: Final = (0.02, 0.04, 0.06)
-"""Shares of the model on the kernel's active list at the beginning; the replays' mean counts. A load left 4 %."""
+STARTS: Final = ((0.03, 1), (0.04, 2), (0.05, 3))
+"""What the kernel's replays begin with, whose mean counts: the share of the model on its active list (a load left 4 %),
+and how many tokens old its statistics get (they are renewed every two seconds)."""
 
 PREPARE: Final = 16
 """Tokens that only bring the kernel's lists into their balance."""
@@ -173,11 +174,13 @@ def _kernel(sizes: list[int], tokens: list[list[int]], ram: int, ahead: int) -> 
         return [0.0]
     window = max(round(ahead / PAGE / (total / len(sizes))), 1)
     found = []
-    for start in STARTS:
+    for start, renewed in STARTS:
         lists = TwoLists(sizes, ram // PAGE, window, round(start * len(sizes)))
         read = []
         for number in range(PREPARE + COUNTED):
-            lists.refresh()
+            lists.read = 0
+            if number % renewed == 0:
+                lists.refresh()
             for piece in tokens[number % len(tokens)]:
                 lists.touch(piece)
             read.append(lists.read * PAGE)

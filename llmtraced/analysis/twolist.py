@@ -12,7 +12,7 @@ modelled, from Linux 6.18 (without MGLRU):
   than allowed (``inactive_is_low``: more than the inactive one, of 1 GiB and more three times as much, …).
 - *refaults* (``mm/workingset.c``): what comes back goes straight onto the active list if no more was evicted and
   activated in between than that list holds.
-- *stale sizes*: both tests take the lists' sizes from statistics that are seconds old; here, as of the token's start.
+- *stale sizes*: both tests take the lists' sizes from statistics that are up to two seconds old.
 - *readahead* (``mm/filemap.c``): a miss reads around it, half before and half behind; the first touch of what was read
   ahead reads the next window. What reclaim meets of that before it was touched is evicted, comes back soon, and so goes
   onto the active list: that is how the list grows.
@@ -49,7 +49,7 @@ class TwoLists:
             touched, in file order, as a load leaves them, and what does not fit has been evicted.
 
     Attributes:
-        read: pages read since the last :meth:`refresh`.
+        read: pages read so far; may be set to 0 at any time.
     """
 
     def __init__(self, sizes: Sequence[int], room: int, window: int, active: int) -> None:
@@ -70,9 +70,8 @@ class TwoLists:
         self._make_room(0)
 
     def refresh(self) -> None:
-        """Take note of the lists' sizes, as the kernel's statistics do every other second; and count from 0 again."""
+        """Take note of the lists' sizes, as the kernel's statistics do every other second."""
         self._stale = (*self._pages, self._activations)
-        self.read = 0
 
     def touch(self, piece: int) -> None:
         """Use all of a piece: what is missing is read, and what readahead brings along."""

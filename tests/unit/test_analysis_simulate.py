@@ -31,7 +31,7 @@ def trace(tmp_path: Path) -> Builder:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replay few tokens: a real curve takes seconds."""
-    for name, value in {"STARTS": (0.04,), "PREPARE": 2, "COUNTED": 3}.items():
+    for name, value in {"STARTS": ((0.04, 1),), "PREPARE": 2, "COUNTED": 3}.items():
         monkeypatch.setattr(module, name, value)
 
 
@@ -127,6 +127,7 @@ def test_a_scan_of_more_than_fits_reads_nearly_all_of_it_each_time() -> None:
     lists = TwoLists([256] * 40, room=20 * 256, window=1, active=0)
     for _ in range(6):
         lists.refresh()
+        lists.read = 0
         for piece in range(40):
             lists.touch(piece)
     assert lists.read >= 38 * 256
@@ -136,6 +137,7 @@ def test_the_active_list_stays_while_it_is_the_smaller_one() -> None:
     lists = TwoLists([256] * 100, room=60 * 256, window=1, active=10)
     for _ in range(6):
         lists.refresh()
+        lists.read = 0
         for piece in range(100):
             lists.touch(piece)
     assert lists.read <= 90 * 256, "the ten pieces on it are never read"
