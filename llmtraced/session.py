@@ -171,6 +171,7 @@ class Session:
         nodes = int(mark["c"])
         if self.layout is not None and (nodes in self._graphs_read or len(self._graphs_read) > 64):
             return
+        self.refresh()  # the model may have been mapped since the last look, and a graph is judged only once
         weights = self._known_weights()
         try:
             read = memory_reader(self.target.pid)

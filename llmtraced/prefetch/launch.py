@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sys
 import sysconfig
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -25,13 +26,14 @@ from llmtraced.ggml_layout import Graph, Layout
 from llmtraced.gguf_map import Model
 from llmtraced.prefetch import plan as plans
 from llmtraced.prefetch.clock import BEGIN, TickRing
-from llmtraced.prefetch.pages import CHUNK, PATHS
+from llmtraced.prefetch.pages import PATHS
 from llmtraced.prefetch.plan import Plan
+from llmtraced.prefetch.policy import CHUNK
 from llmtraced.probes import ticks as tick_probes
 from llmtraced.probes.ticks import Ticks
 from llmtraced.target import ModelFile, Target, find_target
 
-__all__ = ["STRATEGIES", "Options", "run"]
+__all__ = ["STRATEGIES", "Options", "live_plan", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,7 @@ def run(pid: int, options: Options) -> NoReturn:
     if os.geteuid() != 0:
         raise LlmtracedError("prefetching locks and gives back a server's pages: run as root", NO_PERMISSION)
     target = find_target(pid)
+    only = _only_one(target)
     label, model = _main_model(target)
     files = [f for f in target.files if f.label == label]
     given = plans.load(options.plan) if options.plan else None
@@ -119,7 +122,43 @@ def run(pid: int, options: Options) -> NoReturn:
     else:
         learned = given or plans.from_tensors(label, model)
     _warn(model, learned, unbacked)
-    become(configuration(target, label, files, learned, unbacked, ticks, marks, options), target, options)
+    config = configuration(target, label, files, learned, unbacked, ticks, marks, options)
+    config["keep"].append(only.detach())
+    become(config, target, options)
+
+
+def live_plan(pid: int) -> Plan:
+    """Return the plan of a running server, from the first graph that it evaluates.
+
+    Raises:
+        LlmtracedError: no such server, no permission, or its graphs cannot be seen or understood.
+    """
+    target = find_target(pid)
+    label, model = _main_model(target)
+    ticks = tick_probes.open_ticks(target.pid, target.symbols)
+    try:
+        layout, graph = _learn(target, label, model, ticks)
+    finally:
+        ticks.close()
+    plan = plans.from_graph(label, model, graph, layout)
+    unbacked = _unbacked(graph, [f for f in target.files if f.label == label])
+    _warn(model, plan, unbacked)
+    return replace(plan, entries=tuple(e for e in plan.entries if e.tensor_name not in unbacked))
+
+
+def _only_one(target: Target) -> socket.socket:
+    """Return what says that the process has a sidecar, for as long as it is open.
+
+    Raises:
+        LlmtracedError: it has one already: two would give back what the other one reads.
+    """
+    name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        name.bind(f"\0llmtraced-prefetch-{target.pid}-{target.start}")
+    except OSError as error:
+        name.close()
+        raise LlmtracedError(f"process {target.pid} has a sidecar already") from error
+    return name
 
 
 def _main_model(target: Target) -> tuple[str, Model]:
@@ -289,6 +328,7 @@ def configuration(
         "keep": [] if ticks is None else ticks.descriptors(),
         "cgroup": {"folder": str(group.path) if group else "", "version": group.version if group else 2},
         "strategy": strategy,
+        "partial": any(tensor.n_experts for tensor in model.tensors),
         "budget": options.budget,
         "window": max(options.window // CHUNK, 2) * CHUNK,
         "slack": slack,

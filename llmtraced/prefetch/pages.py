@@ -18,10 +18,9 @@ import errno
 import os
 from collections.abc import Sequence
 
-__all__ = ["CHUNK", "PATHS", "Pages"]
+from llmtraced.prefetch.policy import CHUNK
 
-CHUNK = 2 << 20
-"""Bytes of a chunk: a huge page of x86-64. The last one of a file may be shorter."""
+__all__ = ["PATHS", "Pages"]
 
 PATHS = ("huge", "readahead", "willneed", "fadvise", "pread")
 """Ways to bring a chunk in: touching a huge-page mapping; readahead(2); process_madvise(2) MADV_WILLNEED on the

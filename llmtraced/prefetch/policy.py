@@ -10,7 +10,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 
-__all__ = ["ABSENT", "READING", "READY", "Chunk", "Stream", "divide", "lay_out"]
+__all__ = ["ABSENT", "CHUNK", "READING", "READY", "Chunk", "Stream", "divide", "lay_out"]
+
+_BEHIND = 2  # streamed chunks of one operator that several threads may be at, behind the furthest one touched
+
+CHUNK = 2 << 20
+"""Bytes of a chunk: a huge page of x86-64. The last one of a file may be shorter."""
 
 ABSENT, READING, READY = 0, 1, 2
 
@@ -34,7 +39,7 @@ class Chunk:
         return f"Chunk({self.file}, {self.number}, {self.nbytes}, {self.first}, {self.last})"
 
 
-def lay_out(entries: list[tuple[int, int, int, int]], sizes: list[int], chunk: int) -> list[Chunk]:
+def lay_out(entries: list[tuple[int, int, int, int]], sizes: list[int], chunk: int = CHUNK) -> list[Chunk]:
     """Return the chunks that a token uses, in order of their first use.
 
     Args:
@@ -57,9 +62,9 @@ def lay_out(entries: list[tuple[int, int, int, int]], sizes: list[int], chunk: i
 def divide(chunks: list[Chunk], budget: int, window: int) -> tuple[list[Chunk], list[Chunk]]:
     """Return which chunks to pin and which to stream, both in the order of use.
 
-    Chunks that stay in use for long within a token are worth most when pinned: streaming them would hold their place
-    in the window all that time. Of the others every n-th is streamed, so that each layer reads the same share and the
-    disk works evenly.
+    Chunks that a token uses more than once, and those of tensors that are larger than the window, are pinned first: it
+    is known when an operator begins, but only about how far it is. Of the others every n-th is streamed, so that each
+    layer reads the same share and the disk works evenly.
 
     Args:
         chunks: in order of use.
@@ -72,24 +77,32 @@ def divide(chunks: list[Chunk], budget: int, window: int) -> tuple[list[Chunk], 
     wanted = total - max(budget - window, 0)  # bytes to stream
     begins = [c.first for c in chunks]
 
-    def held(c: Chunk) -> int:
-        """Return how many chunks come into use while ``c`` is held."""
-        return bisect_right(begins, c.last) - bisect_right(begins, c.first)
+    def company(c: Chunk) -> int:
+        """Return how many chunks come into use while ``c`` is in use."""
+        return bisect_right(begins, c.last) - bisect_left(begins, c.first)
 
-    by_hold = sorted(range(len(chunks)), key=lambda i: held(chunks[i]))
-    enough, nbytes = 0, 0
-    while enough < len(by_hold) and nbytes < wanted:
-        nbytes += chunks[by_hold[enough]].nbytes
-        enough += 1
-    most = held(chunks[by_hold[enough - 1]]) if enough else 0
-    able = [i for i in range(len(chunks)) if held(chunks[i]) <= max(most, 2)]
+    weight = [company(c) for c in chunks]
+    nbytes, most = 0, window // CHUNK
+    for n, i in sorted((n, i) for i, n in enumerate(weight)):
+        if nbytes >= wanted:
+            break
+        nbytes += chunks[i].nbytes
+        most = max(most, n)
+    able = [i for i, n in enumerate(weight) if n <= most]
     streamed: set[int] = set()
-    share, due = wanted / sum(chunks[i].nbytes for i in able), 0.0
+    share, due, taken = wanted / sum(chunks[i].nbytes for i in able), 0.0, 0
     for i in able:
         due += chunks[i].nbytes * share
-        if due >= chunks[i].nbytes / 2 or due >= wanted:
+        if due >= chunks[i].nbytes / 2 and taken < wanted:
             streamed.add(i)
             due -= chunks[i].nbytes
+            taken += chunks[i].nbytes
+    for i in reversed(able):  # what rounding has left out
+        if taken >= wanted:
+            break
+        if i not in streamed:
+            streamed.add(i)
+            taken += chunks[i].nbytes
     return (
         [c for i, c in enumerate(chunks) if i not in streamed],
         [c for i, c in enumerate(chunks) if i in streamed],
@@ -124,6 +137,7 @@ class Stream:
         self.ahead_ns = 0
         self._at = 0  # the first chunk that is not done with
         self._step = -1
+        self._reached = -1  # the furthest chunk of the operator at hand that was touched
 
     def wanted(self) -> list[int]:
         """Return the chunks that should be in memory, soonest first."""
@@ -138,7 +152,12 @@ class Stream:
         """
         if not self.chunks:
             return [], []
-        self._at = bisect_left(self._lasts, step) % len(self.chunks)
+        done = bisect_left(self._lasts, step)
+        # Within an operator the chunks before the one that was reached are done with, too.
+        within = self._reached - _BEHIND if step == self._step else -1
+        self._at = max(done, within) % len(self.chunks)
+        if step != self._step:
+            self._reached = -1
         before = self._step if step >= self._step else -1
         for i in self._by_first[bisect_right(self._firsts, before) : bisect_right(self._firsts, step)]:
             self._meet(i, now_ns)
@@ -153,11 +172,21 @@ class Stream:
             self.state[i] = READING
         return back, read
 
+    def reach(self, i: int) -> None:
+        """Take in that the server has touched a chunk of the operator that it is at; effective with the next move."""
+        if self.chunks[i].first <= self._step <= self.chunks[i].last:
+            self._reached = max(self._reached, i)
+
+    def crowded(self) -> bool:
+        """Tell whether the operator at hand uses so many streamed chunks that it matters how far it is."""
+        low, high = bisect_left(self._lasts, self._step), bisect_right(self._lasts, self._step)
+        return high - low > self.window // 2
+
     def _meet(self, i: int, now_ns: int) -> None:
         """Note how a chunk that the server comes to was found."""
         if self.state[i] == READY:
             self.used += 1
-            self.ahead_ns += now_ns - self._ready[i]
+            self.ahead_ns += max(now_ns - self._ready[i], 0)
         elif self.state[i] == READING:
             self.late += 1
         else:
@@ -182,5 +211,6 @@ class Stream:
         there = list(self._ready)
         for i in there:
             self.gone(i)
-        self._step, self._at = -1, 0
+        self._step = self._reached = -1
+        self._at = 0
         return there

@@ -6,7 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 
-from llmtraced.prefetch.pages import CHUNK, Pages
+from llmtraced.prefetch.pages import Pages
+from llmtraced.prefetch.policy import CHUNK
 
 __all__ = ["Threads", "Uring"]
 

@@ -20,8 +20,8 @@ from llmtraced.prefetch import governor as states
 from llmtraced.prefetch.clock import BEGIN, END, PageTable, TickRing, next_step
 from llmtraced.prefetch.governor import Governor
 from llmtraced.prefetch.memory import Memory, anonymous_bytes
-from llmtraced.prefetch.pages import CHUNK, Pages
-from llmtraced.prefetch.policy import READY, lay_out
+from llmtraced.prefetch.pages import Pages
+from llmtraced.prefetch.policy import CHUNK, lay_out
 from llmtraced.prefetch.told import metrics_text, words
 from llmtraced.prefetch.work import Work, calibrate
 
@@ -29,6 +29,8 @@ __all__ = ["Sidecar", "main"]
 
 _CHECK_SECONDS = 0.25  # between looks at the memory
 _GROW_SECONDS = 2.0  # so long must memory be free before more is pinned
+_STRIKES = 4  # checks in a row in which a limit was run into
+_PRESSURE, _PRESSURE_SECONDS = 0.2, 15.0  # share of time in which all waited for memory; time for that to be ours
 _POLL_SECONDS = 0.001  # between looks at the page table, where that is the clock
 
 
@@ -58,7 +60,7 @@ class Sidecar:
         self.marks: list[list[int]] = config["marks"]  # steps at which each mark's weight is used
         ticks = config["ticks"]
         self.ring = TickRing(*(ticks[n] for n in ("ring", "clocks", "wakes", "ring_bytes", "marks"))) if ticks else None
-        self.table = None if self.ring else PageTable(self.pid)
+        self.table = PageTable(self.pid)
         self.work: Work | None = None
         self.budget = 0
         self.tokens = 0
@@ -67,7 +69,8 @@ class Sidecar:
         self.stopping = False
         self._step, self._begun, self._batch = 0, 0, 1
         self._server_read = self._read_bytes()
-        self._checked = self._grow_since = self._written = 0.0
+        self._checked = self._grow_since = self._written = self._engaged = 0.0
+        self._strikes = 0
         self._started = time.monotonic()
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -81,16 +84,23 @@ class Sidecar:
         if self.governor.state == states.ENGAGED:
             self.engage()
         while not self.stopping:
-            if self.ring is not None:
-                for tick in self.ring.wait(_CHECK_SECONDS):
-                    self._tick(*tick)
-            else:
+            if self.ring is None:
+                time.sleep(_POLL_SECONDS if self.work else _CHECK_SECONDS)
                 self._look()
+            else:
+                patience = self._patience()
+                for tick in self.ring.wait(patience):
+                    self._tick(*tick)
+                if patience == _POLL_SECONDS:
+                    self._look()
             now = time.monotonic()
             if now - self._checked >= _CHECK_SECONDS:
                 self._checked = now
                 if ended.poll(0):
                     _say(f"process {self.pid} has ended")
+                    break
+                if not self._still_mapped():
+                    _say(f"process {self.pid} has unmapped the model, or replaced it")
                     break
                 self._check_memory(now)
                 self._write_metrics(now)
@@ -98,6 +108,18 @@ class Sidecar:
         self._written = 0.0
         self._write_metrics(time.monotonic())
         return 0
+
+    def _still_mapped(self) -> bool:
+        """Tell whether the server still has the model where it had it: its addresses may be something else's by now."""
+        for one, pages in zip(self.config["files"], self.pages, strict=True):
+            for start, end, _ in one["maps"]:
+                try:
+                    found = os.stat(f"/proc/{self.pid}/map_files/{start:x}-{end:x}")
+                except OSError:
+                    return False
+                if not os.path.samestat(found, os.fstat(pages.fd)):
+                    return False
+        return True
 
     def _stop(self, *_: object) -> None:
         self.stopping = True
@@ -129,24 +151,27 @@ class Sidecar:
             self.release()
 
     def _look(self) -> None:
-        """Find out from the server's page table where it is; the clock of those without ticks."""
-        assert self.table is not None
-        time.sleep(_POLL_SECONDS)
+        """Ask the server's page table how far it is: within an operator, or at all where there are no ticks."""
         stream = self.work.stream if self.work else None
-        if stream is None:
+        i = self.work.furthest(self.table) if self.work else None
+        if stream is None or i is None:
             return
-        for i in reversed(stream.wanted()):
-            chunk = stream.chunks[i]
-            where = self.pages[chunk.file].server_ranges(chunk.number)
-            if stream.state[i] == READY and where and self.table.mapped(where[0][0]):
-                now = time.monotonic_ns()
-                if chunk.first < self._step:
-                    self._token_ended(now - self._begun, 1)
-                    self._begun = now
-                self._step = chunk.first
-                self._move(self._step, now)
-                return
-        self._move(self._step, time.monotonic_ns())
+        now = time.monotonic_ns()
+        chunk = stream.chunks[i]
+        if self.ring is None and not chunk.first <= self._step <= chunk.last:
+            if chunk.first < self._step:  # it has begun again
+                self._token_ended(now - self._begun, 1)
+                self._begun = now
+            self._step = chunk.first
+            self._move(self._step, now)
+        stream.reach(i)
+        self._move(self._step, now)
+
+    def _patience(self) -> float:
+        """Return how long to wait for a tick, in seconds."""
+        stream = self.work.stream if self.work else None
+        busy = self._begun and stream is not None and stream.crowded()
+        return _POLL_SECONDS if busy else _CHECK_SECONDS
 
     # --- working ---------------------------------------------------------------------------------------------------
 
@@ -166,6 +191,7 @@ class Sidecar:
             self.pages, self.chunks, self.strategy, path, self.config["window"], self.config["depth"], _say
         )
         self.memory.struck()
+        self._engaged, self._strikes, self.slack = time.monotonic(), 0, self.config["slack"]
         self.budget = self._room()
         self._divide()
 
@@ -178,7 +204,8 @@ class Sidecar:
 
     def _divide(self) -> None:
         assert self.work is not None
-        if self.strategy["pin"] and self.budget >= self.total + self.slack and self.governor.fits():
+        enough = self.budget >= self.total + self.slack and not self.config["partial"]
+        if self.strategy["pin"] and enough and self.governor.fits():
             self._obey()
             return
         self.work.divide(self.budget)
@@ -211,8 +238,7 @@ class Sidecar:
             return
         if not self.strategy["pin"]:
             return
-        if self.memory.struck() and self.memory.stalled_share() > 0.1:
-            self.slack += self.slack // 4  # what is free by the books is not enough
+        self._adapt(now)
         room = self._room()
         if room < self.budget - self.slack // 2:
             _say(f"memory is short by {self.budget - room >> 20} MB")
@@ -223,6 +249,17 @@ class Sidecar:
         elif now - self._grow_since > _GROW_SECONDS:
             self.budget, self._grow_since = room, now
             self._divide()
+
+    def _adapt(self, now: float) -> None:
+        """Leave more memory free where what is free by the books is not enough."""
+        self._strikes = self._strikes + 1 if self.memory.struck() else 0
+        # Without a stream the rest of the model runs into the limit all the time. Pressure is an average over 10 s.
+        pressed = self._strikes >= _STRIKES or (
+            now - self._engaged > _PRESSURE_SECONDS and self.memory.stalled_share() > _PRESSURE
+        )
+        if self.strategy["stream"] and pressed and self.slack < 4 * self.config["slack"]:
+            self.slack += self.config["slack"] // 4
+            self._strikes, self._engaged = 0, now
 
     def _read_bytes(self) -> int:
         """Return the bytes that the server has read from disk so far; 0 if we may not know."""

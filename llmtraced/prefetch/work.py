@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llmtraced.prefetch.clock import TickRing, next_step
-from llmtraced.prefetch.pages import CHUNK, Pages
-from llmtraced.prefetch.policy import READY, Chunk, Stream, divide
+from llmtraced.prefetch.clock import PageTable, TickRing, next_step
+from llmtraced.prefetch.pages import Pages
+from llmtraced.prefetch.policy import CHUNK, READY, Chunk, Stream, divide
 from llmtraced.prefetch.readers import Threads, Uring
 
 __all__ = ["Work", "calibrate"]
@@ -177,6 +177,17 @@ class Work:
             for i in back:
                 self._give_back(stream.chunks[i])
         reader.submit((i, stream.chunks[i].file, stream.chunks[i].number) for i in read)
+
+    def furthest(self, table: PageTable) -> int | None:
+        """Return the furthest chunk of those wanted that the server has touched, by its page table; None: none."""
+        stream = self.stream
+        for i in reversed(stream.wanted() if stream else []):
+            assert stream is not None
+            chunk = stream.chunks[i]
+            where = self.pages[chunk.file].server_ranges(chunk.number)
+            if stream.state[i] == READY and where and table.mapped(where[0][0]):
+                return i
+        return None
 
     def sweep(self) -> None:
         """Give back what of the stream is in memory though it should not be: the server read it by itself."""
