@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from llmtraced.schema import Cause, Phase
+from llmtraced.schema import EVENT, Cause, Phase
 
-__all__ = ["ACCOUNT", "BOUND", "CONFIG", "COUNTER", "FILE", "OP", "OP_RECORD", "OP_RECORDS", "RANGE", "SLOT"]
+__all__ = [
+    "ACCOUNT",
+    "BOUND",
+    "CONFIG",
+    "COUNTER",
+    "FILE",
+    "OP",
+    "OP_RECORD",
+    "OP_RECORDS",
+    "RANGE",
+    "SLOT",
+    "op_events",
+]
 
 SLOT: Final = np.dtype(
     [
@@ -75,3 +88,12 @@ OP: Final = np.dtype(
 )
 ACCOUNT: Final = np.dtype([("counted", "<u8"), ("dropped", "<u8")])
 CONFIG: Final = np.dtype("<u8")
+
+
+def op_events(op: Any) -> NDArray[Any]:
+    """Return the operators that wait in an element of :data:`OP`, as records of the ring (dtype schema.EVENT)."""
+    n = int(op["done"])
+    body = np.ascontiguousarray(op["records"]["event"][:n]).view(np.uint8).reshape(n, OP_RECORD["event"].itemsize)
+    rows = np.zeros((n, EVENT.itemsize), np.uint8)
+    rows[:, EVENT.itemsize - body.shape[1] :] = body  # behind the ring's own header
+    return rows.view(EVENT).reshape(n)

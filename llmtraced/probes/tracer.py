@@ -21,9 +21,9 @@ from llmtraced.errors import UNSUPPORTED, LlmtracedError
 from llmtraced.probes import KERNEL_POINTS, MATRICES, PROCESS_POINTS, kernel, loader
 from llmtraced.probes.points import SoftwareEvent, Tracepoint, Uprobe
 from llmtraced.probes.ringbuf import Ring
-from llmtraced.probes.shared import ACCOUNT, BOUND, CONFIG, COUNTER, FILE, OP, RANGE, SLOT
+from llmtraced.probes.shared import ACCOUNT, BOUND, CONFIG, COUNTER, FILE, OP, RANGE, SLOT, op_events
 from llmtraced.resolve import Extents
-from llmtraced.schema import EPOCHS, EVENT, PAGE, SLOTS, Detail, Phase, Probe
+from llmtraced.schema import EPOCHS, PAGE, SLOTS, Detail, Phase, Probe
 from llmtraced.target import Symbol
 
 __all__ = ["Tracer"]
@@ -181,10 +181,8 @@ class Tracer:
 
     def _take_ops(self, slot: int) -> None:
         """Take the operators that a process had computed of a graph that was cut off; no program runs for it now."""
-        for op in self._ops[(self._ops["slot"] == slot) & (self._ops["thread"] != 0)]:
-            events = np.zeros(int(op["done"]), EVENT)
-            raw = events.view(np.uint8).reshape(len(events), EVENT.itemsize)
-            raw[:, 8:] = op["records"]["event"][: len(events)].view(np.uint8).reshape(len(events), -1)
+        for op in self._ops[(self._ops["slot"] == slot) & (self._ops["done"] != 0)]:
+            events = op_events(op)
             events["mark"] = events["mark"] & 15 | self._epoch << 4
             self._accounts[0, slot, self._epoch, Probe.OPS]["counted"] += np.uint64(len(events))
             self._left.append(events)

@@ -113,6 +113,17 @@ def test_what_programs_touch_at_each_event_is_in_one_line() -> None:
     assert {offsets[name] // 64 for name in ("in_fault", "stall_since", "stall_ns", "graph_start")} == {1}
 
 
+@pytest.mark.parametrize("done", [0, 1, shared.OP_RECORDS])
+def test_operators_that_wait_are_records_of_the_ring(done: int) -> None:
+    ops = np.zeros(2, shared.OP)
+    ops["done"][1] = done
+    events = np.zeros(shared.OP_RECORDS, EVENT)
+    events["ts"], events["d"], events["mark"] = np.arange(16) + 1, np.arange(16) << 40, 0x21
+    ops["records"]["event"][1] = events.view(np.uint8).reshape(-1, 64)[:, 8:].copy().view("V56").reshape(-1)
+    assert (shared.op_events(ops[1]) == events[:done]).all()
+    assert len(shared.op_events(ops[1])) == done
+
+
 def test_plain_arrays_are_u64() -> None:
     text = (loader.bpf_folder() / "common.h").read_text()
     for name in ("bounds", "seen", "config"):
