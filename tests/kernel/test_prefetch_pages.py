@@ -1,0 +1,333 @@
+"""Pages of a file that another process maps: read, locked, given back, on the running kernel. Needs root, nothing of
+BPF; tests/conftest.py has the switch.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import need, wait_until
+
+from llmtraced.bench.pressure import drop_cache
+from llmtraced.prefetch.clock import PageTable
+from llmtraced.prefetch.pages import CHUNK, PATHS, Pages
+from llmtraced.prefetch.readers import Threads, Uring
+
+pytestmark = pytest.mark.kernel("root")
+
+PAGE = 4096
+CHUNKS = 6
+TAIL = 300_000  # the last chunk is shorter, and no whole number of pages
+SKIPPED = 64 << 10  # the server maps from here, as llama.cpp leaves out the header
+
+CHILD = """
+import mmap, os, sys
+fd, skip = os.open(sys.argv[1], os.O_RDONLY), int(sys.argv[2])
+data = mmap.mmap(fd, os.fstat(fd).st_size - skip, mmap.MAP_SHARED, mmap.PROT_READ, offset=skip)
+data.madvise(mmap.MADV_RANDOM)
+print("ready", flush=True)
+for line in sys.stdin:
+    first, last = map(int, line.split())
+    data[max(first - skip, 0) : last - skip : 4096]
+    print("touched", flush=True)
+"""
+
+
+class Server:
+    """A process that has the file mapped, and touches what it is told."""
+
+    def __init__(self, path: Path, skip: int = SKIPPED) -> None:
+        command = [sys.executable, "-I", "-S", "-c", CHILD, str(path), str(skip)]
+        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.child.stdout is not None
+        assert self.child.stdout.readline() == "ready\n"
+        self.pidfd = os.pidfd_open(self.child.pid)
+        self.maps = [
+            (int(start, 16), int(end, 16), int(fields[2], 16))
+            for line in Path(f"/proc/{self.child.pid}/maps").read_text().splitlines()
+            if line.endswith(path.name)
+            for fields in [line.split()]
+            for start, end in [fields[0].split("-")]
+        ]
+
+    def touch(self, chunk: int, count: int = 1) -> None:
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        self.child.stdin.write(f"{chunk * CHUNK} {(chunk + count) * CHUNK}\n")
+        self.child.stdin.flush()
+        assert self.child.stdout.readline() == "touched\n"
+
+    def address(self, chunk: int) -> int:
+        start, _, offset = self.maps[0]
+        return start + max(chunk * CHUNK, SKIPPED) - offset
+
+    def end(self) -> None:
+        self.child.communicate()
+        os.close(self.pidfd)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pages") / "model.bin"
+    path.write_bytes(random.Random(1).randbytes(CHUNKS * CHUNK + TAIL))
+    need(drop_cache(path) == 0, f"{path.parent} is on a file system without a droppable page cache (tmpfs?)")
+    return path
+
+
+@pytest.fixture
+def server(file: Path) -> Iterator[Server]:
+    assert drop_cache(file) == 0
+    one = Server(file)
+    yield one
+    one.end()
+
+
+@pytest.fixture
+def pages(file: Path, server: Server) -> Iterator[Pages]:
+    fd = os.open(file, os.O_RDONLY)
+    made = Pages(fd, server.pidfd, server.maps)
+    need(made.resident(0) >= 0, "needs cachestat(2), Linux 6.5")
+    yield made
+    made.close()
+    os.close(fd)
+    drop_cache(file)
+
+
+def chunks_there(pages: Pages) -> dict[int, int]:
+    """Return the resident bytes of each chunk that has any."""
+    return {n: there for n in range(pages.chunks) if (there := pages.resident(n))}
+
+
+def ours(path: Path, field: str = "Rss") -> int:
+    """Return bytes of a field of /proc/self/smaps, summed over our mappings of the file."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()
+        if "-" in head[0]:
+            inside = line.endswith(path.name)
+        elif inside and head[0] == f"{field}:":
+            total += int(head[1]) * 1024
+    return total
+
+
+def given_back(pages: Pages, chunk: int) -> None:
+    """Give a chunk back, as the sidecar does: again, while pages wait in another processor's batch of new pages.
+
+    Dropping empties these batches, and drops nothing that is mapped.
+    """
+
+    def gone() -> bool:
+        pages.give_back(chunk)
+        pages.drop(chunk)
+        return pages.resident(chunk) == 0
+
+    wait_until(gone, 5, f"chunk {chunk} is given back")
+
+
+def whole(nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE
+
+
+def test_the_last_chunk_is_what_is_left(pages: Pages) -> None:
+    assert pages.chunks == CHUNKS + 1
+    assert [pages.length(n) for n in range(pages.chunks)] == [CHUNK] * CHUNKS + [TAIL]
+
+
+def test_where_the_server_has_a_chunk(pages: Pages, server: Server) -> None:
+    start = server.maps[0][0]
+    assert pages.server_ranges(0) == [(start, CHUNK - SKIPPED)]
+    assert pages.server_ranges(1) == [(start + CHUNK - SKIPPED, CHUNK)]
+    assert pages.server_ranges(CHUNKS) == [(start + CHUNKS * CHUNK - SKIPPED, TAIL)]
+    parts = [(1 << 40, (1 << 40) + 8 * PAGE, 0), (1 << 41, (1 << 41) + CHUNK, CHUNK - 8 * PAGE)]
+    pages.maps = parts
+    assert pages.server_ranges(0) == [(1 << 40, 8 * PAGE), (1 << 41, 8 * PAGE)]
+    assert pages.server_ranges(2) == []
+
+
+@pytest.mark.parametrize("chunk", [2, CHUNKS])
+@pytest.mark.parametrize("path", PATHS)
+def test_exactly_the_chunk_is_read_and_it_is_not_mapped_here(path: str, chunk: int, file: Path, pages: Pages) -> None:
+    before = ours(file)
+    pages.read(chunk, path, bytearray(CHUNK))
+    there = chunks_there(pages)
+    assert there.pop(chunk) == whole(pages.length(chunk))
+    # What the device reads in one request may go over an edge by some pages, but no chunk beside it is read.
+    assert sum(there.values()) <= CHUNK // 8
+    assert ours(file) == before == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_server_has_no_major_fault_on_what_was_read(path: str, pages: Pages, server: Server) -> None:
+    pages.read(3, path, bytearray(CHUNK))
+
+    def majors() -> int:
+        return int(Path(f"/proc/{server.child.pid}/stat").read_text().rsplit(")", 1)[1].split()[9])
+
+    before = majors()
+    server.touch(3)
+    assert majors() == before
+
+
+def test_a_pinned_chunk_is_locked_until_it_is_let_go(file: Path, pages: Pages) -> None:
+    pages.pin(1)
+    pages.pin(CHUNKS)
+    assert ours(file, "Locked") == CHUNK + whole(TAIL)
+    assert chunks_there(pages).keys() >= {1, CHUNKS}
+    pages.drop(1)
+    pages.give_back(1)
+    assert pages.resident(1) == CHUNK
+    pages.unpin(1)
+    assert ours(file, "Locked") == whole(TAIL)
+    assert ours(file) == whole(TAIL)
+    assert pages.resident(1) == CHUNK  # for the time being
+    pages.drop(1)
+    assert pages.resident(1) == 0
+
+
+def test_nothing_stays_locked_after_closing(file: Path, server: Server) -> None:
+    fd = os.open(file, os.O_RDONLY)
+    made = Pages(fd, server.pidfd, server.maps)
+    made.pin(0)
+    made.close()
+    assert ours(file, "Locked") == ours(file) == 0
+    os.close(fd)
+    assert drop_cache(file) == 0
+
+
+def test_what_the_server_has_mapped_is_given_back(pages: Pages, server: Server) -> None:
+    table = PageTable(server.child.pid)
+    server.touch(2, 2)
+    assert pages.resident(2, 2) == 2 * CHUNK
+    assert table.mapped(server.address(2))
+    pages.drop(2)
+    assert pages.resident(2) == CHUNK  # POSIX_FADV_DONTNEED leaves what is mapped
+    given_back(pages, 2)
+    assert not table.mapped(server.address(2))
+    assert pages.resident(3) == CHUNK
+    assert table.mapped(server.address(3))
+    server.touch(2)  # and it can have them again
+    assert pages.resident(2) == CHUNK
+    table.close()
+
+
+def test_what_a_third_process_maps_stays(file: Path, pages: Pages, server: Server) -> None:
+    third = Server(file)
+    try:
+        for one in (server, third):
+            one.touch(2)
+        server.touch(4)
+        given_back(pages, 4)
+        pages.give_back(2)
+        pages.drop(2)
+        pages.give_back(2)
+        assert pages.resident(2) == CHUNK
+    finally:
+        third.end()
+    server.touch(2)
+    given_back(pages, 2)
+
+
+def test_what_we_have_mapped_ourselves_stays_until_it_is_untouched(pages: Pages, server: Server) -> None:
+    pages.pin(2)
+    server.touch(2)
+    pages.give_back(2)
+    assert pages.resident(2) == CHUNK
+    pages.unpin(2)
+    server.touch(2)
+    given_back(pages, 2)
+
+
+def test_mapped_is_what_the_server_has_touched(pages: Pages, server: Server) -> None:
+    table = PageTable(server.child.pid)
+    pages.read(1, "huge")
+    assert not table.mapped(server.address(1))  # read, and not used yet
+    server.touch(1)
+    assert table.mapped(server.address(1))
+    assert not table.mapped(server.address(4))
+    table.close()
+
+
+def kernel_counter(name: str) -> int:
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), -1)
+
+
+def test_a_chunk_comes_in_as_one_huge_page(file: Path, pages: Pages, server: Server) -> None:
+    before = kernel_counter("thp_file_mapped")
+    need(before >= 0 and pages.huge, "needs a kernel with huge pages")
+    pages.read(1, "huge")
+    kind = subprocess.run(["stat", "-f", "-c", "%T", str(file)], capture_output=True, text=True, check=True).stdout
+    if kernel_counter("thp_file_mapped") == before:
+        pytest.skip(f"no huge folios on this {kind.strip()} of Linux {os.uname().release} (or memory is in pieces)")
+    pages.pin(2)
+    assert ours(file, "FilePmdMapped") == CHUNK
+
+
+def test_a_file_that_is_cut_is_an_error_and_no_death(tmp_path: Path, server: Server) -> None:
+    path = tmp_path / "cut.bin"
+    path.write_bytes(bytes(3 * CHUNK))
+    fd = os.open(path, os.O_RDWR)
+    made = Pages(fd, server.pidfd, [])
+    os.ftruncate(fd, CHUNK)
+    for way in ("huge", "readahead", "fadvise", "willneed"):
+        with pytest.raises(OSError, match=r".+"):
+            made.read(1, way)
+    with pytest.raises(OSError, match=r".+"):
+        made.pin(1)
+    assert ours(path, "Locked") == 0
+    made.read(0, "huge")
+    made.close()
+    os.close(fd)
+
+
+def test_a_lock_that_is_refused_leaves_nothing(file: Path) -> None:
+    """Without CAP_IPC_LOCK and with no RLIMIT_MEMLOCK: in a child, which can give both up."""
+    code = """
+import os, resource, sys
+from llmtraced.prefetch.pages import Pages
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096))
+fd = os.open(sys.argv[1], os.O_RDONLY)
+made = Pages(fd, os.pidfd_open(os.getpid()), [])
+os.setgid(65534), os.setuid(65534)
+try:
+    made.pin(0)
+except OSError as error:
+    print(error.errno)
+else:
+    print(0)
+status = dict(line.split(":") for line in open("/proc/self/status"))
+print(status["VmLck"].strip())
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert int(first) in (11, 12)  # EAGAIN, ENOMEM
+    assert second == "0 kB"
+
+
+@pytest.mark.parametrize("kind", ["threads", "uring"])
+def test_a_reader_brings_all_in_and_leaves_nothing_mapped(kind: str, file: Path, pages: Pages) -> None:
+    if kind == "uring":
+        pytest.importorskip("liburing", reason="needs the package liburing (extra uring)")
+    reader = Threads([pages], "huge", 3) if kind == "threads" else Uring([pages], 3)
+    reader.submit((10 + n, 0, n) for n in (4, 0, 5, 1, CHUNKS))
+    found: list[tuple[int, str]] = []
+    while len(found) < 5:
+        found += reader.collect()
+    assert sorted(found) == [(n, "") for n in (10, 11, 14, 15, 10 + CHUNKS)]
+    reader.close()
+    assert chunks_there(pages) == {n: whole(pages.length(n)) for n in (0, 1, 4, 5, CHUNKS)}
+    assert ours(file) == 0
+
+
+def test_advice_to_a_process_that_has_ended_is_an_error(pages: Pages, server: Server) -> None:
+    server.touch(1)
+    server.child.kill()
+    server.child.wait()
+    with pytest.raises(ProcessLookupError):
+        pages.give_back(1)
