@@ -184,7 +184,7 @@ class Sidecar:
             LlmtracedError: it has ended.
         """
         if self._child.poll() is not None:
-            raise LlmtracedError(f"the sidecar ended with status {self._child.returncode}: {log_tail(self._log, 3)}")
+            raise LlmtracedError(f"the sidecar ended with status {self._child.returncode}: {log_tail(self._log, 1)}")
         try:
             seen = parse_metrics(self._metrics.read_text(), self._metrics.stat().st_mtime_ns)
         except FileNotFoundError:

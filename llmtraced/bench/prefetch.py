@@ -211,17 +211,18 @@ def _measure(condition: _Condition, strategy: str, asked: _Asked, folder: Path) 
             if beside is None:
                 found |= _ask(server, None, group, asked)
             else:
-                with beside:
-                    settled, seconds = _settle(server, beside)
-                    found |= {"settled": settled, "settle_s": seconds}
-                    found |= _ask(server, beside.pid, group, asked)
-                found["helper"] = beside.summary()
-        except LlmtracedError as error:
+                try:
+                    with beside:
+                        settled, seconds = _settle(server, beside)
+                        found |= {"settled": settled, "settle_s": seconds}
+                        found |= _ask(server, beside.pid, group, asked)
+                finally:
+                    found["helper"] = beside.summary()
+            found["own_bytes"] = _own_bytes(group)
+        except (LlmtracedError, OSError) as error:  # OSError: the server was gone when its counters were read
             if strategy == FITS:
                 raise
-            found = {"failed": _why(str(error), group.stat().get("oom_kill", 0))}
-        if "failed" not in found:
-            found["own_bytes"] = _own_bytes(group)
+            found["failed"] = _why(str(error), group.stat().get("oom_kill", 0))
     return found
 
 
@@ -298,7 +299,7 @@ def run(
                     )
     report = {
         "conditions": conditions,
-        "identical": all(condition["identical"] for condition in conditions),
+        "identical": len({answer for condition in conditions for answer in condition["answers"]}) == 1,
         "skipped": skipped,
         "machine": machine(),
         "settings": {

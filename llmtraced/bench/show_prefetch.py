@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from llmtraced.bench.prefetch_figures import BEST, COMPARATORS, FITS, OFF
+from llmtraced.bench.prefetch_figures import BEST, COMPARATORS, FITS, MOST_BOUND_SHARE, OFF
 from llmtraced.bench.show import machine_lines
 from llmtraced.errors import printable
 from llmtraced.reporters.plots import AGAIN, ONCE, REST, STALL, canvas, drawn
@@ -13,7 +13,6 @@ from llmtraced.reporters.text import Column, Style, duration, size, table, three
 
 __all__ = ["plot_prefetch", "render_prefetch"]
 
-_IMPOSSIBLE: Final = 1.05  # of the bound: beyond what noise explains
 _PRESSURE: Final = {"cgroup": "in a memory cgroup", "lock": "the rest of the machine's memory locked"}
 
 
@@ -68,7 +67,7 @@ def _condition(condition: Mapping[str, Any], style: Style) -> list[str]:
         f"{row['name']}: {row['bound_share']['median']:.0%} of the bound: other processes used the cores, or the disk "
         "was faster than between the rounds; measure again on a quiet machine"
         for row in rows
-        if row["bound_share"] and row["bound_share"]["median"] > _IMPOSSIBLE
+        if row["bound_share"] and row["bound_share"]["median"] > MOST_BOUND_SHARE
     ]
     return [
         "",
@@ -148,7 +147,7 @@ def plot_prefetch(report: Mapping[str, Any], picture: str) -> bytes:
     shown = [
         {name: found for name, found in condition["strategies"].items() if name != FITS} for condition in conditions
     ]
-    heights = [0.9 + 0.3 * len(found) for found in shown]
+    heights = [1.1 + 0.3 * len(found) for found in shown]
     figure = canvas(height=0.4 + sum(heights))
     rows = figure.subplots(len(conditions), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, condition, strategies in zip(rows, conditions, shown, strict=True):
@@ -174,6 +173,7 @@ def plot_prefetch(report: Mapping[str, Any], picture: str) -> bytes:
             f"memory {printable(condition['memory'])}, readahead {condition['read_ahead_kb']} KB",
             loc="left",
             fontsize=10,
+            pad=16,  # above the word "bound"
         )
     rows[-1].set_xlabel("tokens per second, median and rounds")
     figure.suptitle(
