@@ -53,6 +53,7 @@ def test_a_tensor_that_ends_with_a_chunk_does_not_touch_the_next() -> None:
     assert numbers(lay_out([(0, 0, 100, 100)], [1000], C)) == [1]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2000), st.integers(1, 700)), min_size=1, max_size=30),
     st.integers(1, 300),
@@ -61,10 +62,9 @@ def test_lay_out_covers_every_byte_once(uses: list[tuple[int, int, int]], chunk:
     sizes = [2700, 2701]
     chunks = lay_out([(step, *use) for step, use in enumerate(uses)], sizes, chunk)
     assert max(Counter(map(key, chunks)).values()) == 1
-    bytes_used = {(file, at) for file, offset, size in uses for at in range(offset, offset + size)}
-    covered = {(c.file, c.number * chunk + i) for c in chunks for i in range(c.nbytes)}
-    assert bytes_used <= covered
-    assert {(file, at // chunk) for file, at in bytes_used} == set(map(key, chunks))
+    touched = {(file, n) for file, at, size in uses for n in range(at // chunk, (at + size - 1) // chunk + 1)}
+    assert touched == set(map(key, chunks))
+    assert all(c.nbytes == min(chunk, sizes[c.file] - c.number * chunk) for c in chunks)
     for c in chunks:
         steps = [
             step
@@ -144,7 +144,7 @@ def layouts(draw: st.DrawFn) -> list[Chunk]:
     return sorted(found, key=lambda c: (c.first, c.last, c.file, c.number))
 
 
-@settings(max_examples=400)
+@settings(max_examples=100, deadline=None)
 @given(layouts(), st.integers(0, 70 * C), st.integers(0, 20 * C))
 def test_divide_parts_the_chunks_and_keeps_the_budget(chunks: list[Chunk], budget: int, window: int) -> None:
     pin, stream = divide(chunks, budget, window)
@@ -279,10 +279,11 @@ def test_an_empty_stream() -> None:
     assert stream.clear() == []
 
 
-def simulate(chunks: list[Chunk], window: int, seed: int, moves: int) -> Stream:
+def simulate(chunks: list[Chunk], window: int, seed: int, moves: int, at_once: bool) -> Stream:
     """Drive a stream with a server that jumps, restarts and repeats, and a disk that is slow, out of order and fails.
 
-    Checks after each move what must always hold.
+    Checks after each move what must always hold. ``at_once``: a step has one chunk, which is due when it begins; else
+    chunks of one step are due one after the other, and may be counted later than their step begins.
     """
     rng = random.Random(seed)
     stream = Stream(chunks, window)
@@ -324,8 +325,11 @@ def simulate(chunks: list[Chunk], window: int, seed: int, moves: int) -> Stream:
         met += sum(expected.values())
         after = stream.used, stream.late, stream.missed
         got = [b - a for a, b in zip(counts, after, strict=True)]
-        assert got == [expected[n] for n in ("used", "late", "missed")]
-        assert sum(after) == met
+        if at_once:
+            assert got == [expected[n] for n in ("used", "late", "missed")]
+            assert sum(after) == met
+        assert min(got) >= 0
+        assert sum(after) <= met
         before = step
 
         wanted = stream.wanted()
@@ -358,13 +362,13 @@ def simulate(chunks: list[Chunk], window: int, seed: int, moves: int) -> Stream:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 1 << 30))
 def test_a_stream_is_true_whatever_the_server_and_the_disk_do(count: int, window: int, seed: int) -> None:
-    simulate(flat(count), window, seed, 200)
+    simulate(flat(count), window, seed, 200, at_once=True)
 
 
 @settings(max_examples=60, deadline=None)
 @given(layouts(), st.integers(1, 12), st.integers(0, 1 << 30))
 def test_also_with_chunks_that_are_held(chunks: list[Chunk], window: int, seed: int) -> None:
-    simulate(chunks, window, seed, 100)
+    simulate(chunks, window, seed, 100, at_once=False)
 
 
 @settings(max_examples=60, deadline=None)
