@@ -436,7 +436,7 @@ class Tracer:
 
     def read(self) -> list[NDArray[Any]]:
         """Return all records that are ready, dtype schema.EVENT, in batches."""
-        batches, self._left = self._left, []
+        batches = []
         room = self.ring.capacity * 2  # a producer that is faster than we are does not keep us here for ever
         while room > 0:
             batch = self.ring.read()
@@ -444,6 +444,8 @@ class Tracer:
                 break
             batches.append(batch)
             room -= len(batch)
+        batches += self._left
+        self._left = []
         return batches
 
     def misses(self) -> dict[str, int]:
