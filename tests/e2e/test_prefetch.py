@@ -1,0 +1,282 @@
+"""The sidecar and a real llama-server whose model is larger than its memory.
+
+What is promised: tokens stay the same byte for byte, the server reads less, its memory limit holds, and nothing stays
+behind when the sidecar goes, however it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+from helpers import need, wait_until
+from prometheus_client.parser import text_string_to_metric_families
+
+from llmtraced.bench import models
+from llmtraced.bench.engine import Server
+from llmtraced.bench.pressure import MemoryCgroup, drop_cache
+
+pytestmark = pytest.mark.e2e
+
+MB = 1_000_000
+MIB = 1 << 20
+SIZE = 300 * MB
+LIMIT = SIZE * 3 // 4
+PROMPT = list(range(20, 27))
+TOKENS = 16
+HARDLY = 2 * MIB
+"""Locked memory that is no chunk: the kernel takes pages off its list of locked ones in batches, one a processor."""
+
+
+class Sidecar:
+    """``llmtraced prefetch`` as a child; killed on exit if it is still there.
+
+    Attributes:
+        child: the process; the same before and after it has become the bare sidecar.
+    """
+
+    def __init__(self, pid: int, folder: Path, *options: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, self.errors = folder / "sidecar.prom", folder / "sidecar.err"
+        self.file.unlink(missing_ok=True)
+        self.command = [sys.executable, "-m", "llmtraced", "prefetch", "--pid", str(pid), "--json"]
+        self.command += ["--metrics", str(self.file), *options]
+
+    def __enter__(self) -> Self:
+        with self.errors.open("wb") as err:
+            self.child = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=err, text=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.child.poll() is None:
+            self.child.kill()
+        self.child.communicate()
+
+    def said(self) -> str:
+        return self.errors.read_text()
+
+    def metrics(self) -> dict[str, float]:
+        """Return what it last wrote, by name without the prefix; nothing before it has written."""
+        try:
+            text = self.file.read_text()
+        except FileNotFoundError:
+            return {}
+        samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+        return {s.name.removeprefix("llmtraced_prefetch_"): s.value for s in samples}
+
+    def bare(self) -> bool:
+        """Tell whether it has become the bare sidecar."""
+        assert self.child.poll() is None, self.said()
+        return b"llmtraced.prefetch.sidecar" in Path(f"/proc/{self.child.pid}/cmdline").read_bytes()
+
+    def settled(self) -> bool:
+        """Tell whether it is engaged and pins no more."""
+        assert self.child.poll() is None, self.said()
+        before = self.metrics()
+        if not before.get("engaged"):
+            return False
+        time.sleep(1.2)
+        return before["pinned_bytes"] == self.metrics()["pinned_bytes"]
+
+    def end(self, number: int = signal.SIGTERM) -> dict[str, Any]:
+        """Ask it to end; return its summary."""
+        self.child.send_signal(number)
+        return self.summary()
+
+    def summary(self) -> dict[str, Any]:
+        """Wait until it has ended by itself; return its summary."""
+        out, _ = self.child.communicate(timeout=30)
+        assert self.child.returncode == 0, self.said()
+        answer: dict[str, Any] = json.loads(out)
+        return answer
+
+
+@contextlib.contextmanager
+def asking(server: Server, expected: str = "") -> Iterator[list[str]]:
+    """Have the server generate all the time; yield the answers so far. Each must be ``expected``, where given."""
+    answers: list[str] = []
+    problems: list[BaseException] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        try:
+            while not over.is_set():
+                answers.append(server.completion(PROMPT, TOKENS)["content"])
+        except BaseException as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield answers
+    finally:
+        over.set()
+        thread.join()
+    assert not problems, problems
+    if expected:
+        assert set(answers) == {expected}
+
+
+def read_bytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def read_per_token(server: Server, expected: str = "") -> float:
+    """Return the bytes that the server itself reads for a token, and check what it says."""
+    before = read_bytes(server.pid)
+    content = server.completion(PROMPT, TOKENS)["content"]
+    assert content == expected or not expected
+    return (read_bytes(server.pid) - before) / TOKENS
+
+
+def locked(group: MemoryCgroup) -> int:
+    return group.stat()["unevictable_bytes"]
+
+
+def let_go(group: MemoryCgroup) -> None:
+    wait_until(lambda: locked(group) < HARDLY, 10, "what was locked is let go of")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write(tmp_path_factory.mktemp("prefetch") / "dense.gguf", models.dense_preset(SIZE))
+
+
+@pytest.fixture(scope="module")
+def start(llama_server: Path, model: Path) -> Callable[..., Any]:
+    """Return what starts the server in a memory cgroup of some limit."""
+
+    @contextlib.contextmanager
+    def starter(limit: int | None, name: str = "") -> Iterator[tuple[Server, MemoryCgroup]]:
+        need(drop_cache(model) == 0, f"{model.parent} has no page cache that can be dropped (tmpfs?)", "e2e")
+        with (
+            MemoryCgroup(f"llmtraced-prefetch-{name}{os.getpid()}", limit) as group,
+            Server(model, binary=llama_server, ctx=256, extra=("--no-repack",), cgroup=group) as server,
+        ):
+            yield server, group
+            assert group.stat().get("oom_kill", 0) == 0
+
+    return starter
+
+
+@pytest.fixture(scope="module")
+def pressed(start: Callable[..., Any]) -> Iterator[tuple[Server, MemoryCgroup]]:
+    """A server that has three quarters of what its model needs, shared by tests that leave it as it was."""
+    with start(LIMIT) as (server, group):
+        yield server, group
+
+
+@pytest.fixture(scope="module")
+def expected(pressed: tuple[Server, MemoryCgroup]) -> str:
+    """What the server says without a sidecar."""
+    content: str = pressed[0].completion(PROMPT, TOKENS)["content"]
+    assert content
+    return content
+
+
+@pytest.fixture(scope="module")
+def unaided(pressed: tuple[Server, MemoryCgroup], expected: str) -> float:
+    """Bytes that the server reads for a token without a sidecar."""
+    nbytes = read_per_token(pressed[0], expected)
+    assert nbytes > 0.2 * SIZE, "the limit is no pressure"
+    return nbytes
+
+
+def test_off_changes_nothing(
+    pressed: tuple[Server, MemoryCgroup], expected: str, unaided: float, tmp_path: Path
+) -> None:
+    server, group = pressed
+    with Sidecar(server.pid, tmp_path, "--strategy", "off") as sidecar:
+        with asking(server, expected):
+            wait_until(lambda: sidecar.metrics().get("tokens_total", 0) > 5, 60, "tokens are seen")
+        assert read_per_token(server, expected) > unaided / 2
+        assert locked(group) < HARDLY
+        summary = sidecar.end(signal.SIGINT)
+    assert summary["state"] == "watching"
+    assert (summary["pinned_bytes"], summary["prefetched_bytes"]) == (0, 0)
+    assert summary["model_bytes"] > 0.9 * SIZE  # what would be managed
+
+
+def test_the_page_table_is_a_clock_as_well(
+    pressed: tuple[Server, MemoryCgroup], expected: str, unaided: float, tmp_path: Path
+) -> None:
+    server, group = pressed
+    with Sidecar(server.pid, tmp_path, "--clock", "pagetable") as sidecar:
+        with asking(server, expected):
+            wait_until(sidecar.settled, 60, "the sidecar is engaged")
+        assert read_per_token(server, expected) < unaided / 2
+        summary = sidecar.end()
+    assert summary["clock"] == "page table"
+    assert summary["failed_reads"] == 0
+    let_go(group)
+
+
+NURSERY = """
+import json, os, signal, sys, time
+from pathlib import Path
+from llmtraced.prefetch import launch
+
+def become_and_be_killed(config, target, options):
+    for seconds in json.loads(sys.argv[2]):
+        child = os.fork()
+        if not child:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            really(config, target, options)
+        time.sleep(seconds)
+        early, status = os.waitpid(child, os.WNOHANG)
+        if early:
+            raise SystemExit(f"ended by itself: {status}")
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        print("killed", flush=True)
+    os._exit(0)
+
+really, launch.become = launch.become, become_and_be_killed
+launch.run(int(sys.argv[1]), launch.Options(trial=0))
+"""
+"""Prepares once, and becomes the sidecar in one child after the other, each of which is killed after some time."""
+
+KILLED_YOUNG, KILLED_WHOLE = 85, 15
+
+
+def test_a_hundred_kills_change_no_byte(
+    pressed: tuple[Server, MemoryCgroup], expected: str, unaided: float, tmp_path: Path
+) -> None:
+    server, group = pressed
+    rng = random.Random(20)
+    with asking(server, expected) as answers:
+        lives = json.dumps([rng.uniform(0, 1.5) for _ in range(KILLED_YOUNG)])
+        done = subprocess.run(
+            [sys.executable, "-c", NURSERY, str(server.pid), lives], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split().count("killed") == KILLED_YOUNG
+        for n in range(KILLED_WHOLE):  # while it compiles, attaches, learns, joins, pins, streams
+            options = ("--trial", "0", *(() if n % 3 else ("--clock", "pagetable")))
+            with Sidecar(server.pid, tmp_path, *options) as sidecar:
+                time.sleep(rng.uniform(0, 4))
+                assert sidecar.child.poll() is None, sidecar.said()
+                sidecar.child.kill()
+        let_go(group)
+        assert group.pids() == [server.pid]
+        known = len(answers)
+        wait_until(lambda: len(answers) > known, 60, "the server goes on")
+        with Sidecar(server.pid, tmp_path, "--trial", "0") as sidecar:  # nothing of its forerunners is in its way
+            wait_until(sidecar.settled, 60, "the sidecar is engaged")
+            sidecar.end()
+    let_go(group)
+    assert group.stat().get("oom_kill", 0) == 0
+    assert read_per_token(server, expected) > unaided / 2
