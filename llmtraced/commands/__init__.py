@@ -28,7 +28,7 @@ COMMANDS: Final = {
     "report": "answers from a trace",
     "plan": "which bytes each token uses, in order, from a trace",
     "simulate": "other RAM sizes and policies: bytes and time per token",
-    "prefetch": "the sidecar: pin, read ahead and give back a server's model pages",
+    "prefetch": "the sidecar: make a server faster that is short of memory",
     "experiment": "models at several memory limits, recorded and compared",
     "bench": "measure this tool: events, overhead, reports",
     "demo": "the whole story on a small real model, end to end",

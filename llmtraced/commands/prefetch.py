@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", metavar="SIZE", type=_budget, help="memory for the model's pages: auto, or a size (default auto)"
     )
-    parser.add_argument("--window", metavar="SIZE", type=size, default=32 << 20, help="memory for the stream (32M)")
-    parser.add_argument("--slack", metavar="SIZE", type=size, help="memory to leave free (default 1 %%, at least 12M)")
+    parser.add_argument("--window", metavar="SIZE", type=size, default=24 << 20, help="memory for the stream (24M)")
+    parser.add_argument("--slack", metavar="SIZE", type=size, help="memory to leave free (default 0.5 %%, at least 8M)")
     parser.add_argument("--depth", metavar="N", type=int, default=8, help="pieces of 2 MB read at a time (default 8)")
     parser.add_argument("--path", choices=WAYS, default="", help="how to read (default: what a calibration finds best)")
     parser.add_argument(

@@ -57,8 +57,10 @@ class Governor:
             return False
         before = self.state
         if self.state in (WATCHING, FITS):
+            if self.state == FITS and read > self._bytes * _FITS:
+                self.without_ns.clear()  # those were tokens of a model that fits: no measure of what is to come
             self.without_ns = [*self.without_ns, duration_ns][-16:]
-            self._read = [*self._read, read][-max(self._trial, 2) :]
+            self._read = [*self._read, read][-min(max(self._trial, 2), 16) :]
             if len(self._read) >= max(self._trial, 2):
                 self._judge_reads()
         elif self.state == ENGAGED:

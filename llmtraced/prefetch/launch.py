@@ -48,9 +48,9 @@ STRATEGIES: Final[Mapping[str, Mapping[str, Any]]] = {
 (empty: a short calibration says)."""
 
 _GRAPH_TRIES: Final = 8
-_SLACK_SHARE: Final = 100  # one part in so many of the memory stays free, and
-_LEAST_SLACK: Final = 12 << 20
-_WINDOW: Final = 32 << 20
+_SLACK_SHARE: Final = 200  # one part in so many of the memory stays free, and
+_LEAST_SLACK: Final = 8 << 20
+_WINDOW: Final = 24 << 20
 _NEVER: Final = 1 << 40  # tokens to watch first
 _WAIT_SECONDS: Final = 5.0  # between lines that say what is waited for
 
@@ -69,7 +69,7 @@ class Options:
         plan: a plan's file; None: learned from the server's graph.
         budget: bytes for the model's pages; None: what the memory allows.
         window: bytes for what is streamed.
-        slack: bytes of memory to leave free; None: 1 %, at least 12 MiB.
+        slack: bytes of memory to leave free; None: half a per cent, at least 8 MiB.
         depth: chunks that are read at the same time.
         path: a way of reading (pages.PATHS or ``uring``); empty: the strategy's own.
         trial: tokens to watch before engaging; 0: engage at once and never compare.

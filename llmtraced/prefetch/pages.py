@@ -112,7 +112,8 @@ class Pages:
         address, length = self._base + chunk * CHUNK, self.length(chunk)
         if path == "pread":
             view = memoryview(scratch)[:length]  # type: ignore[arg-type]
-            os.preadv(self.fd, [view], chunk * CHUNK)
+            if os.preadv(self.fd, [view], chunk * CHUNK) < length:
+                raise OSError(errno.EIO, "the file has become shorter")
             return
         if path == "readahead":
             for at in range(0, length, _PIECE):
@@ -128,6 +129,24 @@ class Pages:
             _check(_libc.madvise(address, length, _MADV_POPULATE_READ))
         finally:
             self.untouch(chunk)
+
+    def comes_huge(self, chunk: int) -> bool:
+        """Read a chunk by touching it, and tell whether it is one huge page in our page table (FilePmdMapped, 5.4)."""
+        address, length, advice = self.touching(chunk)
+        try:
+            _check(_libc.madvise(address, length, advice))
+            with open("/proc/self/smaps") as stream:
+                here = False
+                for line in stream:
+                    first = line.split(maxsplit=1)[0]
+                    if "-" in first and not first.endswith(":"):
+                        start, end = (int(part, 16) for part in first.split("-"))
+                        here = start <= address < end
+                    elif here and first == "FilePmdMapped:":
+                        return int(line.split()[1]) > 0
+        finally:
+            self.untouch(chunk)
+        return False
 
     def touching(self, chunk: int) -> tuple[int, int, int]:
         """Return (address, length, advice) of the madvise(2) call that reads a chunk by touching it; then untouch."""

@@ -92,7 +92,7 @@ def load(path: Path) -> Plan:
         data = json.loads(path.read_bytes())
     except OSError as error:
         raise LlmtracedError(f"{name}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LlmtracedError(f"{name}: not a plan: {error}") from error
     try:
         if data["version"] > VERSION:
@@ -105,6 +105,8 @@ def load(path: Path) -> Plan:
 
 def _entry(one: Mapping[str, Any]) -> Entry:
     entry = Entry(**{field.name: one[field.name] for field in fields(Entry)})
+    if type(entry.tensor_name) is not str or type(entry.whole) is not bool:
+        raise ValueError(f"an entry of {entry.tensor_name!r}, whole {entry.whole!r}")
     numbers = (entry.step, entry.layer, entry.shard, entry.offset_bytes, entry.size_bytes)
     if any(type(n) is not int for n in numbers) or min(entry.offset_bytes, entry.shard) < 0 or entry.size_bytes <= 0:
         raise ValueError(f"an entry with {numbers}")

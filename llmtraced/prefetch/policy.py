@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 
-__all__ = ["ABSENT", "CHUNK", "READING", "READY", "Chunk", "Stream", "divide", "lay_out"]
+__all__ = ["ABSENT", "CHUNK", "IDLE", "READING", "READY", "Chunk", "Stream", "divide", "lay_out"]
 
 _BEHIND = 2  # streamed chunks of one operator that several threads may be at, behind the furthest one touched
 
@@ -18,6 +18,9 @@ CHUNK = 2 << 20
 """Bytes of a chunk: a huge page of x86-64. The last one of a file may be shorter."""
 
 ABSENT, READING, READY = 0, 1, 2
+
+IDLE = -1
+"""The step of a server between two tokens."""
 
 
 class Chunk:
@@ -115,6 +118,7 @@ class Stream:
     Args:
         chunks: that are streamed.
         window: how many may be in memory.
+        step: where the server is; what it came to before is not counted.
 
     Attributes:
         chunks: in the order in which they are done with.
@@ -124,7 +128,7 @@ class Stream:
         ahead_ns: time from being ready to being used, summed over ``used``.
     """
 
-    def __init__(self, chunks: list[Chunk], window: int) -> None:
+    def __init__(self, chunks: list[Chunk], window: int, step: int = IDLE) -> None:
         self.chunks = sorted(chunks, key=lambda c: (c.last, c.first, c.file, c.number))
         self.window = window
         self._lasts = [c.last for c in self.chunks]
@@ -132,11 +136,12 @@ class Stream:
         self._firsts = [self.chunks[i].first for i in self._by_first]
         self.state = [ABSENT] * len(self.chunks)
         self._ready: dict[int, int] = {}  # chunk in memory: since when, ns
+        self._coming: set[int] = set()  # chunks of the operator at hand that are not due yet
         self._met: set[int] = set()  # chunks in memory, or under way, that the server has come to
         self.used = self.late = self.missed = self.wasted = 0
         self.ahead_ns = 0
         self._at = 0  # the first chunk that is not done with
-        self._step = -1
+        self._step = step
         self._reached = -1  # the furthest chunk of the operator at hand that was touched
 
     def wanted(self) -> list[int]:
@@ -145,7 +150,7 @@ class Stream:
         return [(self._at + i) % count for i in range(min(self.window, count))]
 
     def move(self, step: int, now_ns: int) -> tuple[list[int], list[int]]:
-        """Take in that the server is at ``step`` of its token (0: about to begin one).
+        """Take in that the server is at ``step`` of its token (IDLE: between two).
 
         Returns:
             Chunks to give back, and chunks to read, soonest first; the latter are READING from now on.
@@ -158,13 +163,22 @@ class Stream:
         self._at = max(done, within) % len(self.chunks)
         if step != self._step:
             self._reached = -1
-        before = self._step if step >= self._step else -1
+        wanted = self.wanted()
+        before = self._step
+        if step < before:  # the token has ended, or was broken off
+            for i in self._coming:
+                self._meet(i, now_ns)
+            self._coming.clear()
+            before = IDLE
         for i in self._by_first[bisect_right(self._firsts, before) : bisect_right(self._firsts, step)]:
+            self._coming.add(i)
+        expected = set(wanted)
+        begins = expected if step != self._step else set()  # what should be there when an operator begins
+        for i in [i for i in self._coming if i in begins or self.chunks[i].last < step or i <= self._reached]:
+            self._coming.discard(i)
             self._meet(i, now_ns)
         self._step = step
-        wanted = self.wanted()
-        keep = set(wanted)
-        back = [i for i in self._ready if i not in keep]
+        back = [i for i in self._ready if i not in expected]
         for i in back:
             self.gone(i)
         read = [i for i in wanted if self.state[i] == ABSENT]
@@ -211,6 +225,6 @@ class Stream:
         there = list(self._ready)
         for i in there:
             self.gone(i)
-        self._step = self._reached = -1
-        self._at = 0
+        self._step, self._reached, self._at = IDLE, -1, 0
+        self._coming.clear()
         return there

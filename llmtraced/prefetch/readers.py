@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 
@@ -63,8 +64,8 @@ class Threads:
                 name, file, number = self._waiting.popleft()
             try:
                 self._files[file].read(number, self.path, scratch)
-            except OSError as error:
-                self._done.append((name, error.strerror or "error"))
+            except Exception as error:  # whatever it is: who asked must hear that this one has ended
+                self._done.append((name, getattr(error, "strerror", None) or repr(error)))
             else:
                 self._done.append((name, ""))
 
@@ -146,6 +147,9 @@ class Uring:
         return found
 
     def close(self) -> None:
-        """Stop; reads under way end by themselves."""
+        """Stop; reads under way are waited for, requests that have not begun are dropped."""
         self._waiting.clear()
+        while self._flying:
+            self.collect()
+            time.sleep(0.0005)
         self._api.io_uring_queue_exit(self._ring)

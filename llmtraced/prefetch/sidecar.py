@@ -21,7 +21,7 @@ from llmtraced.prefetch.clock import BEGIN, END, PageTable, TickRing, next_step
 from llmtraced.prefetch.governor import Governor
 from llmtraced.prefetch.memory import Memory, anonymous_bytes
 from llmtraced.prefetch.pages import Pages
-from llmtraced.prefetch.policy import CHUNK, lay_out
+from llmtraced.prefetch.policy import CHUNK, IDLE, lay_out
 from llmtraced.prefetch.told import metrics_text, words
 from llmtraced.prefetch.work import Work, calibrate
 
@@ -66,8 +66,9 @@ class Sidecar:
         self.tokens = 0
         self.speeds: dict[str, dict[str, float]] = {}
         self.totals: dict[str, int] = {}
+        self.last: dict[str, Any] = {}
         self.stopping = False
-        self._step, self._begun, self._batch = 0, 0, 1
+        self._step, self._begun, self._batch = IDLE, 0, 1
         self._server_read = self._read_bytes()
         self._checked = self._grow_since = self._written = self._engaged = 0.0
         self._strikes = 0
@@ -104,6 +105,7 @@ class Sidecar:
                     break
                 self._check_memory(now)
                 self._write_metrics(now)
+        self.last = self.summary()
         self.release()
         self._written = 0.0
         self._write_metrics(time.monotonic())
@@ -127,14 +129,14 @@ class Sidecar:
     def _tick(self, ts: int, _token: int, mark: int, value: int) -> None:
         if mark == BEGIN:
             self._begun, self._batch = ts, value
-            self._step = 0
+            self._step = IDLE
         elif mark == END:
-            self._step = 0
+            self._step = IDLE
             if self._begun:
                 self._token_ended(ts - self._begun, self._batch)
                 self._begun = 0
         elif mark < len(self.marks):
-            self._step = next_step(self.marks[mark], self._step if self._step else -1)
+            self._step = next_step(self.marks[mark], self._step)
         self._move(self._step, ts)
 
     def _token_ended(self, duration_ns: int, batch: int) -> None:
@@ -153,10 +155,13 @@ class Sidecar:
     def _look(self) -> None:
         """Ask the server's page table how far it is: within an operator, or at all where there are no ticks."""
         stream = self.work.stream if self.work else None
-        i = self.work.furthest(self.table) if self.work else None
-        if stream is None or i is None:
+        if self.work is None or stream is None:
             return
         now = time.monotonic_ns()
+        i = self.work.furthest(self.table)
+        if i is None:
+            self._move(self._step, now)
+            return
         chunk = stream.chunks[i]
         if self.ring is None and not chunk.first <= self._step <= chunk.last:
             if chunk.first < self._step:  # it has begun again
@@ -179,14 +184,12 @@ class Sidecar:
         """Take over the model's pages."""
         path = self.strategy["path"]
         if not path:
-            self.speeds = calibrate(self.pages, self.chunks, self.config["depth"])
-            # Processor time counts as much as waiting: the server computes on the same cores.
-            path = min(self.speeds, key=lambda p: 1e9 / self.speeds[p]["bytes_per_s"] + self.speeds[p]["cpu_s_per_gb"])
+            path, self.speeds = calibrate(self.pages, self.chunks, self.config["depth"])
             figures = (
-                f"{p} {v['bytes_per_s'] / 1e9:.2f} GB/s at {v['cpu_s_per_gb']:.2f} s of CPU a GB"
+                f" ({p}: {v['bytes_per_s'] / 1e9:.2f} GB/s at {v['cpu_s_per_gb']:.2f} s of CPU a GB)"
                 for p, v in self.speeds.items()
             )
-            _say(f"reading by {path}: {', '.join(figures)}")
+            _say(f"reading by {path}{''.join(figures)}")
         self.work = Work(
             self.pages, self.chunks, self.strategy, path, self.config["window"], self.config["depth"], _say
         )
@@ -208,10 +211,11 @@ class Sidecar:
         if self.strategy["pin"] and enough and self.governor.fits():
             self._obey()
             return
-        self.work.divide(self.budget)
+        self.work.divide(self.budget, self._step)
         self.governor.settled()
         if self.ring is not None:
             self.work.wake(self.ring, self.marks)
+        self._move(self._step, time.monotonic_ns())
 
     def release(self) -> None:
         """Let go of everything; the kernel manages the model's pages again."""
@@ -327,6 +331,8 @@ def main(fd: int) -> int:
         knob.write("1000")  # should memory run out all the same, we go and not the server
     sidecar = Sidecar(config)
     code = sidecar.run()
-    summary = sidecar.summary()
-    print(json.dumps(summary, indent=2) if config["json"] else words(summary), flush=True)
+    try:
+        print(json.dumps(sidecar.last, indent=2) if config["json"] else words(sidecar.last), flush=True)
+    except BrokenPipeError:  # nobody listens any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code

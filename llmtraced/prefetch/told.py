@@ -19,6 +19,7 @@ _METRICS = (
     ("ticks_lost_total", "counter", "ticks_lost", "Ticks of the clock for which there was no room."),
     ("cpu_seconds_total", "counter", "cpu_s", "Processor time of the sidecar."),
     ("anonymous_bytes", "gauge", "anonymous_bytes", "The sidecar's own memory."),
+    ("budget_bytes", "gauge", "budget_bytes", "Bytes of memory for the model's pages."),
     ("engaged", "gauge", "engaged", "1 while it works, 0 while it stands aside."),
 )
 

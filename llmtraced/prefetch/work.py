@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from llmtraced.prefetch.readers import Threads, Uring
 
 __all__ = ["Work", "calibrate"]
 
-_SAMPLE = 24  # chunks that each way of reading is tried with
+_SAMPLE = 24  # chunks that ways of reading are tried with
+_TRIES = 8  # of them that are tried as huge pages
 _ROUNDS = 3
 
 
@@ -74,8 +76,8 @@ class Work:
     def _there(self) -> int:
         return 0 if self.stream is None else sum(state == READY for state in self.stream.state) * CHUNK
 
-    def divide(self, budget: int) -> None:
-        """Pin and stream so that ``budget`` bytes are enough, from now on."""
+    def divide(self, budget: int, step: int) -> None:
+        """Pin and stream so that ``budget`` bytes are enough, from now on, with the server at ``step``."""
         self._end_stream()
         self._end_pinning()
         pin: list[Chunk] = []
@@ -93,7 +95,7 @@ class Work:
             if self.strategy["evict"]:
                 for chunk in stream:
                     self._give_back(chunk)
-            self.stream = Stream(stream, max(self.window // CHUNK, 2))
+            self.stream = Stream(stream, max(self.window // CHUNK, 2), step)
             depth = min(self.depth, self.stream.window)
             self._reader = Uring(self.pages, depth) if self.path == "uring" else Threads(self.pages, self.path, depth)
         if self._pinner is not None:
@@ -131,7 +133,8 @@ class Work:
 
     def _give_back(self, chunk: Chunk) -> None:
         pages = self.pages[chunk.file]
-        pages.give_back(chunk.number)
+        with contextlib.suppress(ProcessLookupError):  # the server has ended: the loop will see that, too
+            pages.give_back(chunk.number)
         if pages.resident(chunk.number) > 0:
             pages.drop(chunk.number)  # the server had not mapped it
             if pages.resident(chunk.number) > 0:
@@ -228,19 +231,28 @@ class Work:
         self.pinned.clear()
 
 
-def calibrate(pages: list[Pages], chunks: list[Chunk], depth: int) -> dict[str, dict[str, float]]:
-    """Try each way of reading on some chunks, in turns, and return what it takes: bytes_per_s, cpu_s_per_gb.
+def calibrate(pages: list[Pages], chunks: list[Chunk], depth: int) -> tuple[str, dict[str, dict[str, float]]]:
+    """Return the way of reading to take on this disk and kernel, and what was measured of others.
 
-    The chunks are given back before and after; nobody else should need them just now, but nothing goes wrong if so.
+    Where chunks come as huge pages that is the way: nothing else is near it (docs/prefetching.md). It is tried and not
+    timed, since the server is short of memory just now, and what a read costs then is mostly what it drives out.
+    Otherwise two ways are timed on some chunks, in turns: bytes_per_s, cpu_s_per_gb.
     """
     sample = chunks[:: max(len(chunks) // _SAMPLE, 1)][:_SAMPLE]
-    taken = {path: [0.0, 0.0, 0.0] for path in ("huge", "readahead", "pread")}
+    for chunk in sample:
+        with contextlib.suppress(ProcessLookupError):
+            pages[chunk.file].give_back(chunk.number)
+        pages[chunk.file].drop(chunk.number)
+    full = [c for c in sample if c.nbytes == CHUNK]
+    huge = [pages[c.file].comes_huge(c.number) for c in full[:_TRIES]]
+    for chunk in sample:
+        pages[chunk.file].drop(chunk.number)
+    if sum(huge) * 2 > len(huge):
+        return "huge", {}
+    taken = {path: [0.0, 0.0, 0.0] for path in ("readahead", "fadvise")}
     for number in range(_ROUNDS):
         part = sample[number::_ROUNDS]
         for path, sums in taken.items():
-            for chunk in part:
-                pages[chunk.file].give_back(chunk.number)
-                pages[chunk.file].drop(chunk.number)
             reader = Threads(pages, path, depth)
             start, cpu = time.monotonic(), time.process_time()
             reader.submit((i, c.file, c.number) for i, c in enumerate(part))
@@ -254,7 +266,9 @@ def calibrate(pages: list[Pages], chunks: list[Chunk], depth: int) -> dict[str, 
             reader.close()
             for chunk in part:
                 pages[chunk.file].drop(chunk.number)
-    return {
+    speeds = {
         path: {"bytes_per_s": nbytes / seconds, "cpu_s_per_gb": cpu / nbytes * 1e9}
         for path, (seconds, cpu, nbytes) in taken.items()
     }
+    # Processor time counts as much as waiting: the server computes on the same cores.
+    return min(speeds, key=lambda p: 1e9 / speeds[p]["bytes_per_s"] + speeds[p]["cpu_s_per_gb"]), speeds

@@ -175,7 +175,15 @@ def test_pictures(report, picture):
 def test_metrics_of_the_sidecar_are_understood():
     summary = dict.fromkeys(
         (
-            *("pinned_bytes", "window_bytes", "prefetched_bytes", "used_bytes", "late_bytes", "wasted_bytes"),
+            *(
+                "pinned_bytes",
+                "budget_bytes",
+                "window_bytes",
+                "prefetched_bytes",
+                "used_bytes",
+                "late_bytes",
+                "wasted_bytes",
+            ),
             *("missed_bytes", "tokens", "failed_reads", "ticks_lost", "cpu_s", "anonymous_bytes"),
         ),
         7,

@@ -97,7 +97,7 @@ def test_an_error_is_told_and_the_thread_goes_on(pages: FakePages) -> None:
     threads = reader(pages, 1)
     threads.submit((n, 0, n) for n in range(4))
     pages.allow(4)
-    assert collect(threads, 4) == [(0, ""), (1, "Input/output error"), (2, "error"), (3, "")]
+    assert collect(threads, 4) == [(0, ""), (1, "Input/output error"), (2, "OSError('without a number')"), (3, "")]
     threads.close()
 
 

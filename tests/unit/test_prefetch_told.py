@@ -18,6 +18,7 @@ def summary(**changed: Any) -> dict[str, Any]:
         "tokens": 40,
         "pinned_bytes": 1_000_000,
         "window_bytes": 33_554_432,
+        "budget_bytes": 1_100_000,
         "prefetched_bytes": 2_000_000_000,
         "used_bytes": 3,
         "late_bytes": 4,
