@@ -15,11 +15,23 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
+from llmtraced.gguf_map import Model
 
-__all__ = ["OPERATOR_BYTES", "Graph", "Layout", "Node", "Weight", "derive", "memory_reader", "read_graph"]
+__all__ = [
+    "OPERATOR_BYTES",
+    "Graph",
+    "Layout",
+    "Node",
+    "Weight",
+    "derive",
+    "known_weights",
+    "memory_reader",
+    "read_graph",
+]
 
 Reader = Callable[[int, int], bytes]
 """Reads (address, length) of the process; raises OSError where nothing is mapped."""
@@ -63,6 +75,31 @@ class Weight:
     shape: tuple[int, ...]
     address: int | None
     head: Callable[[], bytes]
+
+
+def known_weights(models: Mapping[str, Model], address: Callable[[str, int, int], int | None]) -> dict[str, Weight]:
+    """Return what files and mappings tell of the weights, by name; of equal names the first that is mapped.
+
+    Args:
+        models: by label.
+        address: where a byte of a model is mapped: (label, shard, offset in the file) → address, or None.
+    """
+    weights: dict[str, Weight] = {}
+    for label, model in models.items():
+        for tensor in model.tensors:
+            path, offset, size = model.shards[tensor.shard].path, tensor.offset, tensor.size
+
+            def head(path: Path = path, offset: int = offset, size: int = size) -> bytes:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+                    return os.pread(fd, min(size, 64), offset)
+                finally:
+                    os.close(fd)
+
+            if tensor.name not in weights or weights[tensor.name].address is None:
+                weights[tensor.name] = Weight(tensor.shape, address(label, tensor.shard, offset), head)
+    return weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from llmtraced import __version__, clock
 from llmtraced.cgroup import cgroup_of
 from llmtraced.errors import LlmtracedError, printable
-from llmtraced.ggml_layout import Graph, Layout, Weight, derive, memory_reader, read_graph
+from llmtraced.ggml_layout import Graph, Layout, derive, known_weights, memory_reader, read_graph
 from llmtraced.gguf_map import Model
 from llmtraced.probes.tracer import Tracer
 from llmtraced.resolve import Resolver
@@ -172,7 +171,7 @@ class Session:
         if self.layout is not None and (nodes in self._graphs_read or len(self._graphs_read) > 64):
             return
         self.refresh()  # the model may have been mapped since the last look, and a graph is judged only once
-        weights = self._known_weights()
+        weights = known_weights(self.models, self._address)
         try:
             read = memory_reader(self.target.pid)
             if self.layout is None:
@@ -211,25 +210,6 @@ class Session:
             if number == file and file_offset <= offset < file_offset + end - start:
                 return start + offset - file_offset
         return None
-
-    def _known_weights(self) -> dict[str, Weight]:
-        weights: dict[str, Weight] = {}
-        for label, model in self.models.items():
-            for tensor in model.tensors:
-                shard = model.shards[tensor.shard]
-                address = self._address(label, tensor.shard, tensor.offset)
-
-                def head(path: Path = shard.path, offset: int = tensor.offset, size: int = tensor.size) -> bytes:
-                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                    try:
-                        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-                        return os.pread(fd, min(size, 64), offset)
-                    finally:
-                        os.close(fd)
-
-                if tensor.name not in weights or weights[tensor.name].address is None:
-                    weights[tensor.name] = Weight(tensor.shape, address, head)
-        return weights
 
     def _tensor_at(self, name: str, data: int) -> int:
         numbers = self._by_name[name]

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from llmtraced.bench.beside import Sidecar
 from llmtraced.bench.engine import Server, default_cache_dir, ensure_gemma, ensure_llama_server, free_port, stop
 from llmtraced.bench.pressure import MemoryCgroup, drop_cache, read_ahead_kb
 from llmtraced.errors import USAGE, LlmtracedError
@@ -31,6 +32,11 @@ _PROMPTS: Final = (  # for a model that continues text; it is not tuned to answe
     "Once upon a time there was a machine with too little memory. Every day",
 )
 _READY_SECONDS: Final = 60.0
+_FILES: Final = (
+    *("trace", "metrics.txt", "daemon.log", "server.log"),
+    *("sidecar.prom", "sidecar.json", "sidecar.log"),
+)
+"""What a demo leaves in its folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,7 @@ class Story:
         model, model_bytes, limit_bytes: its file, its size, the memory that the server had.
         read_ahead_kb: of the model's disk, None where it cannot be read.
         tokens_per_second: decoded.
+        sidecar_tokens_per_second: the same, with ``llmtraced prefetch`` beside the server.
     """
 
     trace: Path
@@ -55,6 +62,7 @@ class Story:
     limit_bytes: int
     read_ahead_kb: int | None
     tokens_per_second: float
+    sidecar_tokens_per_second: float
 
 
 @contextmanager
@@ -79,6 +87,11 @@ def _daemon(trace: Path, port: int, log_file: Path) -> Iterator[subprocess.Popen
         stop(child, _READY_SECONDS)
 
 
+def _mean(rates: list[float]) -> float:
+    """Return the rate of all answers together; they are of the same length."""
+    return len(rates) / sum(1 / rate for rate in rates)
+
+
 def _get(port: int, path: str) -> str:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
@@ -99,7 +112,7 @@ def tell(folder: Path | None = None, *, n_predict: int = 32) -> Story:
         LlmtracedError: something is missing that could not be had.
     """
     base = folder or default_cache_dir() / "demo"
-    mine = {base / name for name in ("trace", "metrics.txt", "daemon.log", "server.log")}
+    mine = {base / name for name in _FILES}
     if base.exists() and (not base.is_dir() or not set(base.iterdir()) <= mine):
         raise LlmtracedError(
             f"{base} has other things in it than an earlier demo; name an empty or a new folder", USAGE
@@ -119,23 +132,49 @@ def tell(folder: Path | None = None, *, n_predict: int = 32) -> Story:
     log.info("starting the daemon: tracing into %s, metrics on http://127.0.0.1:%d/metrics", trace, port)
     texts: list[tuple[str, str]] = []
     rates: list[float] = []
-    with _daemon(trace, port, base / "daemon.log"):
+    faster: list[float] = []
+    with ExitStack() as stack:
+        daemon = stack.enter_context(ExitStack())
+        daemon.enter_context(_daemon(trace, port, base / "daemon.log"))
         drop_cache(model)
-        with MemoryCgroup(f"llmtraced-demo-{os.getpid()}", limit) as cgroup:
-            log.info("starting llama-server with %d MB for a model of %d MB", limit // 10**6, size // 10**6)
-            options = ("--no-repack",)  # weights stay where the file is mapped
-            with Server(model, binary=binary, ctx=512, extra=options, cgroup=cgroup, log=base / "server.log") as server:
-                for prompt in _PROMPTS:
-                    answer: dict[str, Any] = server.completion(prompt, n_predict)
-                    texts.append((prompt, str(answer.get("content", "")).strip()))
-                    rates.append(float(answer["timings"]["predicted_per_second"]))
-                    log.info("%s … %.2f tokens/s", json.dumps(prompt), rates[-1])
-                pid = server.pid
-                time.sleep(0.5)
-                metrics.write_text(_get(port, "/metrics"))
-    rate = len(rates) / sum(1 / r for r in rates)
+        cgroup = stack.enter_context(MemoryCgroup(f"llmtraced-demo-{os.getpid()}", limit))
+        log.info("starting llama-server with %d MB for a model of %d MB", limit // 10**6, size // 10**6)
+        options = ("--no-repack",)  # weights stay where the file is mapped
+        server = stack.enter_context(
+            Server(model, binary=binary, ctx=512, extra=options, cgroup=cgroup, log=base / "server.log")
+        )
+        for prompt in _PROMPTS:
+            answer: dict[str, Any] = server.completion(prompt, n_predict)
+            texts.append((prompt, str(answer.get("content", "")).strip()))
+            rates.append(float(answer["timings"]["predicted_per_second"]))
+            log.info("%s … %.2f tokens/s", json.dumps(prompt), rates[-1])
+        pid = server.pid
+        time.sleep(0.5)
+        metrics.write_text(_get(port, "/metrics"))
+        daemon.close()
+        log.info("the same again, with llmtraced prefetch beside the server")
+        sidecar = stack.enter_context(Sidecar(pid, "auto", base))
+        deadline = time.monotonic() + _READY_SECONDS
+        while not sidecar.ready() and time.monotonic() < deadline:
+            server.completion(_PROMPTS[0], 4)
+        for prompt, before in texts:
+            answer = server.completion(prompt, n_predict)
+            faster.append(float(answer["timings"]["predicted_per_second"]))
+            same = "the same text" if str(answer.get("content", "")).strip() == before else "ANOTHER TEXT"
+            log.info("%s … %.2f tokens/s, %s", json.dumps(prompt), faster[-1], same)
     written = next((trace / "tensors").glob(f"**/*-{pid}-*.parquet"), None)
     if written is None:
         said = (base / "daemon.log").read_text(errors="replace").strip()
         raise LlmtracedError(f"the daemon has not recorded the server: {said}")
-    return Story(trace, written.stem.rpartition("-")[0], metrics, texts, model, size, limit, read_ahead, rate)
+    return Story(
+        trace,
+        written.stem.rpartition("-")[0],
+        metrics,
+        texts,
+        model,
+        size,
+        limit,
+        read_ahead,
+        _mean(rates),
+        _mean(faster),
+    )

@@ -1,8 +1,9 @@
 """The whole story on a small real model, end to end.
 
 Gets llama-server and the Gemma 3 270M model where they are missing (minutes, the first time), starts the server in a
-memory cgroup at 70 % of the model, lets it write real text while the daemon traces it, and prints which tensors were
-read again, what each token waited for, and where the Parquet and the metrics are.
+memory cgroup at 70 % of the model, lets it write real text while the daemon traces it, then again with the sidecar
+beside it, and prints which tensors were read again, what each token waited for, how much faster the sidecar made it,
+and where the Parquet and the metrics are.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{story.tokens_per_second:.2f} tokens/s with {story.limit_bytes / 1e6:.0f} MB "
         f"for a model of {story.model_bytes / 1e6:.0f} MB{ahead}\n"
+        f"{story.sidecar_tokens_per_second:.2f} tokens/s with `llmtraced prefetch` beside it\n"
         f"trace    {story.trace}   (Parquet; try: llmtraced report summary {story.trace})\n"
         f"metrics  {story.metrics}   (as Prometheus scraped them)"
     )

@@ -93,6 +93,13 @@ class Governor:
             self.why = f"tokens take {engaged / 1e6:.0f} ms with it and {without / 1e6:.0f} ms without it"
             self._until, self._pause = now + self._pause, self._pause * 2
 
+    def reading(self, read: int) -> bool:
+        """Take in what the server has read of late, where its tokens are not seen; return whether the state changed."""
+        changed = self.state == FITS and read > self._bytes * _FITS
+        if changed:
+            self.state, self.why = ENGAGED, f"the server reads: {read} bytes of late"
+        return changed
+
     def settled(self) -> None:
         """Take in that pinning has just ended: the next tokens are not compared."""
         self._skip = max(self._skip, _SETTLE)

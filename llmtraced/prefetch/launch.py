@@ -204,7 +204,13 @@ def _learn(target: Target, label: str, model: Model, ticks: Ticks) -> tuple[Layo
         LlmtracedError: the server ended, or its graphs cannot be understood.
     """
     ring = _ring(ticks)
-    weights = known_weights(target, label, model)
+    maps = {f.shard: f.mappings for f in target.files if f.label == label}
+
+    def address(_: str, shard: int, offset: int) -> int | None:
+        inside = (m for m in maps.get(shard, ()) if m.offset <= offset < m.offset + m.end - m.start)
+        return next((m.start + offset - m.offset for m in inside), None)
+
+    weights = ggml_layout.known_weights({label: model}, address)
     read = ggml_layout.memory_reader(target.pid)
     tries, told = 0, time.monotonic()
     log.info("waiting for process %d to evaluate a token", target.pid)
@@ -224,31 +230,6 @@ def _learn(target: Target, label: str, model: Model, ticks: Ticks) -> tuple[Layo
         if time.monotonic() - told > _WAIT_SECONDS:
             told = time.monotonic()
             log.info("still waiting: send it a request")
-
-
-def known_weights(target: Target, label: str, model: Model) -> dict[str, ggml_layout.Weight]:
-    """Return what is known of a model's weights: shape, where they are mapped, how they begin."""
-    maps = {f.shard: f.mappings for f in target.files if f.label == label}
-    weights: dict[str, ggml_layout.Weight] = {}
-    for tensor in model.tensors:
-        address = next(
-            (
-                m.start + tensor.offset - m.offset
-                for m in maps.get(tensor.shard, ())
-                if m.offset <= tensor.offset < m.offset + m.end - m.start
-            ),
-            None,
-        )
-
-        def head(path: Path = model.shards[tensor.shard].path, at: int = tensor.offset, n: int = tensor.size) -> bytes:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                return os.pread(fd, min(n, 64), at)
-            finally:
-                os.close(fd)
-
-        weights[tensor.name] = ggml_layout.Weight(tensor.shape, address, head)
-    return weights
 
 
 def _set_marks(ticks: Ticks, layout: Layout, graph: Graph, plan: Plan) -> list[list[int]]:

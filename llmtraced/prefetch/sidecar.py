@@ -28,6 +28,8 @@ from llmtraced.prefetch.work import Work, calibrate
 __all__ = ["Sidecar", "main"]
 
 _CHECK_SECONDS = 0.25  # between looks at the memory
+_GUARD_SECONDS = 0.005  # between looks at what is left of it, while the server computes
+_SWEEP_SECONDS = 0.05  # between looks for what of the stream the server has read by itself
 _GROW_SECONDS = 2.0  # so long must memory be free before more is pinned
 _STRIKES = 4  # checks in a row in which a limit was run into
 _PRESSURE, _PRESSURE_SECONDS = 0.2, 15.0  # share of time in which all waited for memory; time for that to be ours
@@ -70,8 +72,8 @@ class Sidecar:
         self.stopping = False
         self._step, self._begun, self._batch = IDLE, 0, 1
         self._server_read = self._read_bytes()
-        self._checked = self._grow_since = self._written = self._engaged = 0.0
-        self._strikes = 0
+        self._checked = self._grow_since = self._written = self._engaged = self._swept = 0.0
+        self._strikes = self._relieved = 0
         self._started = time.monotonic()
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -94,6 +96,7 @@ class Sidecar:
                     self._tick(*tick)
                 if patience == _POLL_SECONDS:
                     self._look()
+            self._guard()
             now = time.monotonic()
             if now - self._checked >= _CHECK_SECONDS:
                 self._checked = now
@@ -104,6 +107,7 @@ class Sidecar:
                     _say(f"process {self.pid} has unmapped the model, or replaced it")
                     break
                 self._check_memory(now)
+                self._check_reads()
                 self._write_metrics(now)
         self.last = self.summary()
         self.release()
@@ -175,8 +179,9 @@ class Sidecar:
     def _patience(self) -> float:
         """Return how long to wait for a tick, in seconds."""
         stream = self.work.stream if self.work else None
-        busy = self._begun and stream is not None and stream.crowded()
-        return _POLL_SECONDS if busy else _CHECK_SECONDS
+        if self._begun and stream is not None and stream.crowded():
+            return _POLL_SECONDS
+        return _GUARD_SECONDS if self._begun and self.work is not None else _CHECK_SECONDS
 
     # --- working ---------------------------------------------------------------------------------------------------
 
@@ -198,10 +203,33 @@ class Sidecar:
         self.budget = self._room()
         self._divide()
 
+    def _guard(self) -> None:
+        """Give pins up at once where memory is about to run out: the server has touched more of its own."""
+        if self.work is None or not self.work.pinned:
+            return
+        if self.memory.free() >= self.slack // 2:
+            return
+        # Is it what cannot be dropped that fills the memory, or only what the server has read by itself?
+        short = self.work.pinned_bytes + self.config["window"] - self._room()
+        if short > self.slack // 2:
+            self._relieved += self.work.relieve(short)
+        elif time.monotonic() - self._swept > _SWEEP_SECONDS:
+            self._swept = time.monotonic()
+            self.work.sweep()
+
+    def _check_reads(self) -> None:
+        """Where no tokens are seen: find out from what the server reads whether to engage."""
+        if self.ring is None and self.work is None:
+            before, self._server_read = self._server_read, self._read_bytes()
+            if self.governor.reading(self._server_read - before):
+                self._obey()
+
     def _room(self) -> int:
         """Return the bytes that the model's chunks may take."""
         assert self.work is not None
-        room = max(self.memory.room(self.work.resident(), self.work.pinned_bytes) - self.slack, 0)
+        # Usage and residency cannot be read at the same moment, and megabytes move between two readings.
+        looks = sorted(self.memory.room(self.work.resident(), self.work.pinned_bytes) for _ in range(3))
+        room = max(looks[1] - self.slack, 0)
         asked: int | None = self.config["budget"]
         return room if asked is None else min(room, asked)
 
@@ -244,6 +272,9 @@ class Sidecar:
             return
         self._adapt(now)
         room = self._room()
+        if self._relieved:
+            _say(f"memory was about to run out: {self._relieved >> 20} MB were given back")
+            room, self._relieved = min(room, self.budget - self._relieved), 0
         if room < self.budget - self.slack // 2:
             _say(f"memory is short by {self.budget - room >> 20} MB")
             self.budget, self._grow_since = room, now

@@ -124,6 +124,16 @@ class Work:
                 return
             self.pinned[chunk.file, chunk.number] = chunk
 
+    def relieve(self, nbytes: int) -> int:
+        """Give up pins of that many bytes at once, the last ones first; return how many bytes were."""
+        given = 0
+        while given < nbytes and self.pinned:
+            _, chunk = self.pinned.popitem()
+            self.pages[chunk.file].unpin(chunk.number)
+            self._give_back(chunk)
+            given += chunk.nbytes
+        return given
+
     def _end_pinning(self) -> None:
         if self._pinner is not None:
             self._stop.set()

@@ -160,3 +160,27 @@ def test_a_reason_is_there_in_each_state(state: str) -> None:
         assert "120 ms with it and 100 ms without it" in governor.why
     assert governor.state == state
     assert governor.why
+
+
+def test_a_model_that_no_longer_fits_is_compared_with_tokens_that_read() -> None:
+    """The limit was lowered: the fast tokens from when all of it fitted are no measure of what is possible now."""
+    governor = Governor(1_000_000_000)
+    for _ in range(20):
+        governor.token(50_000_000, 1, 0, 0.0)
+    assert governor.state == FITS
+    for _ in range(3):
+        governor.token(900_000_000, 1, 500_000_000, 0.0)
+    assert governor.state == ENGAGED
+    for _ in range(30):
+        governor.token(300_000_000, 1, 0, 0.0)
+    assert governor.state == ENGAGED, governor.why
+
+
+def test_without_tokens_reads_tell() -> None:
+    governor = Governor(1_000_000_000, trial=0)
+    assert not governor.reading(500_000_000), "it is engaged already"
+    assert governor.fits()
+    assert not governor.reading(1_000_000)
+    assert governor.state == FITS
+    assert governor.reading(500_000_000)
+    assert governor.state == ENGAGED
