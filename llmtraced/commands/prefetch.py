@@ -17,9 +17,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from llmtraced.prefetch.pages import PATHS
 from llmtraced.values import size
 
-WAYS = ("huge", "readahead", "willneed", "fadvise", "pread", "uring")
+WAYS = (*PATHS, "uring")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", metavar="SIZE", type=_budget, help="memory for the model's pages: auto, or a size (default auto)"
     )
-    parser.add_argument("--window", metavar="SIZE", type=size, default=24 << 20, help="memory for the stream (24M)")
+    parser.add_argument(
+        "--window", metavar="SIZE", type=size, default=0, help="memory for the stream (default: a twelfth of it)"
+    )
     parser.add_argument("--slack", metavar="SIZE", type=size, help="memory to leave free (default 0.5 %%, at least 8M)")
-    parser.add_argument("--depth", metavar="N", type=int, default=8, help="pieces of 2 MB read at a time (default 8)")
+    parser.add_argument(
+        "--depth", metavar="N", type=int, default=0, help="pieces of 2 MB read at a time (default 8 to 16)"
+    )
     parser.add_argument("--path", choices=WAYS, default="", help="how to read (default: what a calibration finds best)")
     parser.add_argument(
         "--trial", metavar="N", type=int, default=3, help="tokens to watch first; 0: work at once, never compare (3)"

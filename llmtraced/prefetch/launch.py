@@ -26,7 +26,6 @@ from llmtraced.ggml_layout import Graph, Layout
 from llmtraced.gguf_map import Model
 from llmtraced.prefetch import plan as plans
 from llmtraced.prefetch.clock import BEGIN, TickRing
-from llmtraced.prefetch.pages import PATHS
 from llmtraced.prefetch.plan import Plan
 from llmtraced.prefetch.policy import CHUNK
 from llmtraced.probes import ticks as tick_probes
@@ -50,7 +49,6 @@ STRATEGIES: Final[Mapping[str, Mapping[str, Any]]] = {
 _GRAPH_TRIES: Final = 8
 _SLACK_SHARE: Final = 200  # one part in so many of the memory stays free, and
 _LEAST_SLACK: Final = 8 << 20
-_WINDOW: Final = 24 << 20
 _NEVER: Final = 1 << 40  # tokens to watch first
 _WAIT_SECONDS: Final = 5.0  # between lines that say what is waited for
 
@@ -68,9 +66,9 @@ class Options:
         strategy: a key of :data:`STRATEGIES`.
         plan: a plan's file; None: learned from the server's graph.
         budget: bytes for the model's pages; None: what the memory allows.
-        window: bytes for what is streamed.
+        window: bytes for what is streamed; 0: what is good for the budget.
         slack: bytes of memory to leave free; None: half a per cent, at least 8 MiB.
-        depth: chunks that are read at the same time.
+        depth: chunks that are read at the same time; 0: half the window, 8 to 16.
         path: a way of reading (pages.PATHS or ``uring``); empty: the strategy's own.
         trial: tokens to watch before engaging; 0: engage at once and never compare.
         join: join the server's memory cgroup.
@@ -82,9 +80,9 @@ class Options:
     strategy: str = "auto"
     plan: Path | None = None
     budget: int | None = None
-    window: int = _WINDOW
+    window: int = 0
     slack: int | None = None
-    depth: int = 8
+    depth: int = 0
     path: str = ""
     trial: int = 3
     join: bool = True
@@ -311,7 +309,7 @@ def configuration(
         "strategy": strategy,
         "partial": any(tensor.n_experts for tensor in model.tensors),
         "budget": options.budget,
-        "window": max(options.window // CHUNK, 2) * CHUNK,
+        "window": max(options.window // CHUNK, 2) * CHUNK if options.window else 0,
         "slack": slack,
         "depth": options.depth,
         # Without ticks there are no tokens to compare before engaging.
@@ -355,7 +353,3 @@ def _join(pid: int) -> None:
             group.path,
             error.strerror,
         )
-
-
-WAYS: Final = (*PATHS, "uring")
-"""What ``--path`` takes."""

@@ -45,7 +45,6 @@ class Memory:
         while folder and os.path.exists(f"{folder}/cgroup.procs"):
             self._folders.append(folder)
             folder = os.path.dirname(folder)
-        self._kept: list[tuple[int, ...]] | None = None
         self._strikes = self._hits()
 
     def room(self, resident: int, locked: int) -> int:
@@ -65,27 +64,32 @@ class Memory:
                 least = min(least, limit - max(usage - resident, 0))
         return max(least, 0)
 
-    def free(self) -> int:
-        """Return how many bytes can be charged before a limit is run into; quick enough to be asked all the time."""
-        least = self._available()
-        for limit, usage in self._quick():
-            least = min(least, limit - usage)
-        return least
+    def short(self, needed: int) -> int:
+        """Return how many bytes are missing so that ``needed`` could be charged if all page cache were dropped.
 
-    def _quick(self) -> list[tuple[int, int]]:
-        """Return (limit, usage) of each group that has a limit, from files that are kept open."""
-        if self._kept is None:
-            self._kept = []
-            for folder in self._folders:
-                with contextlib.suppress(OSError):
-                    names = (f"{folder}/{self._limit}", f"{folder}/{self._usage}")
-                    self._kept.append(tuple(os.open(name, os.O_RDONLY | os.O_CLOEXEC) for name in names))
-        found = []
-        for fds in self._kept:
-            with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
-                limit, usage = (int(os.pread(fd, 32, 0)) for fd in fds)
-                found.append((limit, usage))
-        return found
+        Quick enough to be asked all the time. What cannot be dropped: anonymous memory, what is locked, the kernel's
+        own. Negative: so much is left.
+        """
+        missing = needed - self._available()
+        for folder in self._folders:
+            limit = _number(f"{folder}/{self._limit}")
+            if limit is not None:
+                missing = max(missing, needed + self._fixed(folder) - limit)
+        return missing
+
+    def _fixed(self, folder: str) -> int:
+        """Return the bytes of a cgroup that cannot be dropped."""
+        found: dict[str, int] = {}
+        with contextlib.suppress(OSError, ValueError), open(f"{folder}/memory.stat") as stream:
+            for line in stream:
+                name, _, value = line.partition(" ")
+                found[name] = int(value)
+        if self._version == 1:
+            kernel = _number(f"{folder}/memory.kmem.usage_in_bytes") or 0
+            return found.get("total_rss", 0) + found.get("total_unevictable", 0) + kernel
+        parts = ("slab", "kernel_stack", "pagetables", "percpu")  # before 5.18 they are not summed up
+        kernel = found.get("kernel", sum(found.get(name, 0) for name in parts))
+        return found.get("anon", 0) + found.get("unevictable", 0) + found.get("sock", 0) + kernel
 
     def _available(self) -> int:
         """Return the machine's available memory, bytes."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 
-__all__ = ["ABSENT", "CHUNK", "IDLE", "READING", "READY", "Chunk", "Stream", "divide", "lay_out"]
+__all__ = ["ABSENT", "CHUNK", "IDLE", "READING", "READY", "Chunk", "Stream", "divide", "lay_out", "window_for"]
 
 _BEHIND = 2  # streamed chunks of one operator that several threads may be at, behind the furthest one touched
 
@@ -18,6 +18,8 @@ CHUNK = 2 << 20
 """Bytes of a chunk: a huge page of x86-64. The last one of a file may be shorter."""
 
 ABSENT, READING, READY = 0, 1, 2
+
+LEAST_WINDOW, MOST_WINDOW = 24 << 20, 256 << 20
 
 IDLE = -1
 """The step of a server between two tokens."""
@@ -110,6 +112,15 @@ def divide(chunks: list[Chunk], budget: int, window: int) -> tuple[list[Chunk], 
         [c for i, c in enumerate(chunks) if i not in streamed],
         [c for i, c in enumerate(chunks) if i in streamed],
     )
+
+
+def window_for(chunks: list[Chunk], budget: int) -> int:
+    """Return the bytes of the window that is good for a budget: a twelfth of what is then streamed in a token.
+
+    That much time is ahead when the disk is slow for a moment; within bounds, since it is not pinned.
+    """
+    streamed = max(sum(c.nbytes for c in chunks) - budget, 0)
+    return min(max(streamed // 12, LEAST_WINDOW), max(min(budget // 8, MOST_WINDOW), LEAST_WINDOW)) // CHUNK * CHUNK
 
 
 class Stream:

@@ -29,7 +29,6 @@ __all__ = ["Sidecar", "main"]
 
 _CHECK_SECONDS = 0.25  # between looks at the memory
 _GUARD_SECONDS = 0.005  # between looks at what is left of it, while the server computes
-_SWEEP_SECONDS = 0.05  # between looks for what of the stream the server has read by itself
 _GROW_SECONDS = 2.0  # so long must memory be free before more is pinned
 _STRIKES = 4  # checks in a row in which a limit was run into
 _PRESSURE, _PRESSURE_SECONDS = 0.2, 15.0  # share of time in which all waited for memory; time for that to be ours
@@ -72,7 +71,7 @@ class Sidecar:
         self.stopping = False
         self._step, self._begun, self._batch = IDLE, 0, 1
         self._server_read = self._read_bytes()
-        self._checked = self._grow_since = self._written = self._engaged = self._swept = 0.0
+        self._checked = self._grow_since = self._written = self._engaged = 0.0
         self._strikes = self._relieved = 0
         self._started = time.monotonic()
 
@@ -189,7 +188,7 @@ class Sidecar:
         """Take over the model's pages."""
         path = self.strategy["path"]
         if not path:
-            path, self.speeds = calibrate(self.pages, self.chunks, self.config["depth"])
+            path, self.speeds = calibrate(self.pages, self.chunks, self.config["depth"] or 8)
             figures = (
                 f" ({p}: {v['bytes_per_s'] / 1e9:.2f} GB/s at {v['cpu_s_per_gb']:.2f} s of CPU a GB)"
                 for p, v in self.speeds.items()
@@ -207,15 +206,10 @@ class Sidecar:
         """Give pins up at once where memory is about to run out: the server has touched more of its own."""
         if self.work is None or not self.work.pinned:
             return
-        if self.memory.free() >= self.slack // 2:
-            return
-        # Is it what cannot be dropped that fills the memory, or only what the server has read by itself?
-        short = self.work.pinned_bytes + self.config["window"] - self._room()
+        window = self.work.window if self.strategy["stream"] else 0
+        short = self.memory.short(window + self.slack)
         if short > self.slack // 2:
             self._relieved += self.work.relieve(short)
-        elif time.monotonic() - self._swept > _SWEEP_SECONDS:
-            self._swept = time.monotonic()
-            self.work.sweep()
 
     def _check_reads(self) -> None:
         """Where no tokens are seen: find out from what the server reads whether to engage."""
@@ -228,8 +222,9 @@ class Sidecar:
         """Return the bytes that the model's chunks may take."""
         assert self.work is not None
         # Usage and residency cannot be read at the same moment, and megabytes move between two readings.
-        looks = sorted(self.memory.room(self.work.resident(), self.work.pinned_bytes) for _ in range(3))
-        room = max(looks[1] - self.slack, 0)
+        count = 3 if self.strategy["stream"] else 1
+        looks = sorted(self.memory.room(self.work.resident(), self.work.pinned_bytes) for _ in range(count))
+        room = max(looks[count // 2] - self.slack, 0)
         asked: int | None = self.config["budget"]
         return room if asked is None else min(room, asked)
 
@@ -323,7 +318,7 @@ class Sidecar:
             "model_bytes": self.total,
             "budget_bytes": self.budget,
             "pinned_bytes": self.work.pinned_bytes if self.work else 0,
-            "window_bytes": self.config["window"],
+            "window_bytes": self.work.window if self.work else 0,
             "path": self.work.path if self.work else "",
             "clock": "ticks" if self.ring is not None else "page table",
             "prefetched_bytes": t["read_bytes"],

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmtraced.prefetch.clock import PageTable, TickRing, next_step
 from llmtraced.prefetch.pages import Pages
-from llmtraced.prefetch.policy import CHUNK, READY, Chunk, Stream, divide
+from llmtraced.prefetch.policy import CHUNK, READY, Chunk, Stream, divide, window_for
 from llmtraced.prefetch.readers import Threads, Uring
 
 __all__ = ["Work", "calibrate"]
@@ -28,8 +28,8 @@ class Work:
         chunks: that a token uses, in order.
         strategy: ``pin``, ``stream``, ``evict``.
         path: how chunks are read (pages.PATHS or ``uring``).
-        window: bytes of memory for the stream.
-        depth: chunks that are read at the same time.
+        window: bytes of memory for the stream; 0: what is good for the budget.
+        depth: chunks that are read at the same time; 0: half the window, 8 to 16.
         say: where to tell what is done.
 
     Attributes:
@@ -49,7 +49,7 @@ class Work:
         say: Callable[[str], None],
     ) -> None:
         self.pages, self.chunks, self.strategy, self.path = pages, chunks, strategy, path
-        self.window, self.depth, self.say = window, depth, say
+        self.fixed_window, self.window, self.depth, self.say = window, window, depth, say
         self.pinned: dict[tuple[int, int], Chunk] = {}
         self.stream: Stream | None = None
         self.totals = dict.fromkeys(("used", "late", "missed", "wasted", "ahead_ns", "failed", "read_bytes"), 0)
@@ -80,6 +80,7 @@ class Work:
         """Pin and stream so that ``budget`` bytes are enough, from now on, with the server at ``step``."""
         self._end_stream()
         self._end_pinning()
+        self.window = self.fixed_window or window_for(self.chunks, budget)
         pin: list[Chunk] = []
         stream = list(self.chunks)
         if self.strategy["pin"]:
@@ -96,7 +97,7 @@ class Work:
                 for chunk in stream:
                     self._give_back(chunk)
             self.stream = Stream(stream, max(self.window // CHUNK, 2), step)
-            depth = min(self.depth, self.stream.window)
+            depth = min(self.depth or min(max(self.stream.window // 2, 8), 16), self.stream.window)
             self._reader = Uring(self.pages, depth) if self.path == "uring" else Threads(self.pages, self.path, depth)
         if self._pinner is not None:
             self._pinner.start()
