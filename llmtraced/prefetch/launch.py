@@ -202,13 +202,7 @@ def _learn(target: Target, label: str, model: Model, ticks: Ticks) -> tuple[Layo
         LlmtracedError: the server ended, or its graphs cannot be understood.
     """
     ring = _ring(ticks)
-    maps = {f.shard: f.mappings for f in target.files if f.label == label}
-
-    def address(_: str, shard: int, offset: int) -> int | None:
-        inside = (m for m in maps.get(shard, ()) if m.offset <= offset < m.offset + m.end - m.start)
-        return next((m.start + offset - m.offset for m in inside), None)
-
-    weights = ggml_layout.known_weights({label: model}, address)
+    weights = known_weights(target, label, model)
     read = ggml_layout.memory_reader(target.pid)
     tries, told = 0, time.monotonic()
     log.info("waiting for process %d to evaluate a token", target.pid)
@@ -228,6 +222,17 @@ def _learn(target: Target, label: str, model: Model, ticks: Ticks) -> tuple[Layo
         if time.monotonic() - told > _WAIT_SECONDS:
             told = time.monotonic()
             log.info("still waiting: send it a request")
+
+
+def known_weights(target: Target, label: str, model: Model) -> dict[str, ggml_layout.Weight]:
+    """Return what the file and the target's mappings tell of a model's weights, by name."""
+    maps = {f.shard: f.mappings for f in target.files if f.label == label}
+
+    def address(_: str, shard: int, offset: int) -> int | None:
+        inside = (m for m in maps.get(shard, ()) if m.offset <= offset < m.offset + m.end - m.start)
+        return next((m.start + offset - m.offset for m in inside), None)
+
+    return ggml_layout.known_weights({label: model}, address)
 
 
 def _set_marks(ticks: Ticks, layout: Layout, graph: Graph, plan: Plan) -> list[list[int]]:
