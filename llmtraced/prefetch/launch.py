@@ -16,6 +16,7 @@ import sysconfig
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -99,6 +100,8 @@ def run(pid: int, options: Options) -> NoReturn:
     """
     if os.geteuid() != 0:
         raise LlmtracedError("prefetching locks and gives back a server's pages: run as root", NO_PERMISSION)
+    if "uring" in (options.path, STRATEGIES[options.strategy]["path"]) and find_spec("liburing") is None:
+        raise LlmtracedError("reading by io_uring needs the package liburing: pip install liburing", UNSUPPORTED)
     target = find_target(pid)
     only = _only_one(target)
     label, model = _main_model(target)
