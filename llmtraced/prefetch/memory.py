@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 __all__ = ["Memory", "anonymous_bytes"]
@@ -10,16 +9,34 @@ __all__ = ["Memory", "anonymous_bytes"]
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.failcnt")
 _V2 = ("memory.max", "memory.current", "memory.events")
 _UNLIMITED = 1 << 60
+_MOST = 1 << 16  # bytes of such a file
 
 
-def _number(path: str) -> int | None:
-    """Return what a control file says; None: no limit, or no such file."""
-    try:
-        with open(path) as stream:
-            text = stream.read().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() and int(text) < _UNLIMITED else None
+class _Files:
+    """Files of the kernel that are read again and again: opened once each, since that takes longer than reading."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, int] = {}
+
+    def read(self, path: str) -> bytes:
+        """Return what a file says now; empty: there is none (any more)."""
+        try:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return os.pread(self._open[path], _MOST, 0)
+        except OSError:
+            return b""
+
+    def number(self, path: str) -> int | None:
+        """Return what a control file says; None: no limit, or no such file."""
+        text = self.read(path).strip()
+        return int(text) if text.isdigit() and int(text) < _UNLIMITED else None
+
+
+def _field(text: bytes, name: str) -> int | None:
+    """Return the number after a name at the beginning of a line; None: there is no such line."""
+    _, found, rest = (b"\n" + text).partition(f"\n{name} ".encode())
+    return int(rest.split(maxsplit=1)[0]) if found else None
 
 
 def anonymous_bytes(status: str = "/proc/self/status") -> int:
@@ -41,6 +58,7 @@ class Memory:
         self._machine = machine
         self._limit, self._usage, self._events = _V1 if version == 1 else _V2
         self._version = version
+        self._files = _Files()
         self._folders: list[str] = []
         while folder and os.path.exists(f"{folder}/cgroup.procs"):
             self._folders.append(folder)
@@ -56,8 +74,8 @@ class Memory:
         """
         least = self._available() + locked  # the rest of the model's pages is available memory by the kernel's own word
         for folder in self._folders:
-            limit, usage = _number(f"{folder}/{self._limit}"), _number(f"{folder}/{self._usage}")
-            high = _number(f"{folder}/memory.high") if self._version == 2 else None
+            limit, usage = self._files.number(f"{folder}/{self._limit}"), self._files.number(f"{folder}/{self._usage}")
+            high = self._files.number(f"{folder}/memory.high") if self._version == 2 else None
             if high is not None:
                 limit = high if limit is None else min(limit, high)
             if limit is not None and usage is not None:
@@ -72,44 +90,37 @@ class Memory:
         """
         missing = needed - self._available()
         for folder in self._folders:
-            limit = _number(f"{folder}/{self._limit}")
+            limit = self._files.number(f"{folder}/{self._limit}")
             if limit is not None:
                 missing = max(missing, needed + self._fixed(folder) - limit)
         return missing
 
     def _fixed(self, folder: str) -> int:
         """Return the bytes of a cgroup that cannot be dropped."""
-        found: dict[str, int] = {}
-        with contextlib.suppress(OSError, ValueError), open(f"{folder}/memory.stat") as stream:
-            for line in stream:
-                name, _, value = line.partition(" ")
-                found[name] = int(value)
+        stat = self._files.read(f"{folder}/memory.stat")
         if self._version == 1:
-            kernel = _number(f"{folder}/memory.kmem.usage_in_bytes") or 0
-            return found.get("total_rss", 0) + found.get("total_unevictable", 0) + kernel
-        parts = ("slab", "kernel_stack", "pagetables", "percpu")  # before 5.18 they are not summed up
-        kernel = found.get("kernel", sum(found.get(name, 0) for name in parts))
-        return found.get("anon", 0) + found.get("unevictable", 0) + found.get("sock", 0) + kernel
+            kernel = self._files.number(f"{folder}/memory.kmem.usage_in_bytes") or 0
+            return kernel + sum(_field(stat, name) or 0 for name in ("total_rss", "total_unevictable"))
+        kernel = _field(stat, "kernel")
+        if kernel is None:  # before 5.18 its parts are not summed up
+            parts = ("slab", "kernel_stack", "pagetables", "percpu")
+            kernel = sum(_field(stat, name) or 0 for name in parts)
+        return kernel + sum(_field(stat, name) or 0 for name in ("anon", "unevictable", "sock"))
 
     def _available(self) -> int:
         """Return the machine's available memory, bytes."""
-        with open(f"{self._machine}/meminfo") as stream:
-            return next((int(line.split()[1]) * 1024 for line in stream if line.startswith("MemAvailable")), 0)
+        return (_field(self._files.read(f"{self._machine}/meminfo"), "MemAvailable:") or 0) * 1024
 
     def _hits(self) -> int:
         """Return how often a limit was run into since the cgroup was made."""
         count = 0
         for folder in self._folders:
-            try:
-                with open(f"{folder}/{self._events}") as stream:
-                    text = stream.read()
-            except OSError:
-                continue
+            path = f"{folder}/{self._events}"
             if self._version == 1:
-                count += int(text)
+                count += self._files.number(path) or 0
             else:
-                events = dict(line.split() for line in text.splitlines())
-                count += sum(int(events.get(name, 0)) for name in ("high", "max", "oom"))
+                events = self._files.read(path)
+                count += sum(_field(events, name) or 0 for name in ("high", "max", "oom"))
         return count
 
     def struck(self) -> int:

@@ -35,8 +35,9 @@ class Threads:
     def submit(self, reads: Iterable[tuple[int, int, int]]) -> None:
         """Ask for chunks: (name of the request, file, number of the chunk)."""
         with self._turn:
+            before = len(self._waiting)
             self._waiting.extend(reads)
-            self._turn.notify_all()
+            self._turn.notify(len(self._waiting) - before)
 
     def forget(self, keep: set[int]) -> list[int]:
         """Take back requests that have not begun and are not in ``keep``; return their names."""

@@ -71,7 +71,7 @@ class Sidecar:
         self.stopping = False
         self._step, self._begun, self._batch = IDLE, 0, 1
         self._server_read = self._read_bytes()
-        self._checked = self._grow_since = self._written = self._engaged = 0.0
+        self._checked = self._guarded = self._grow_since = self._written = self._engaged = 0.0
         self._strikes = self._relieved = 0
         self._started = time.monotonic()
 
@@ -204,8 +204,10 @@ class Sidecar:
 
     def _guard(self) -> None:
         """Give pins up at once where memory is about to run out: the server has touched more of its own."""
-        if self.work is None or not self.work.pinned:
+        now = time.monotonic()
+        if self.work is None or not self.work.pinned or now - self._guarded < _GUARD_SECONDS:
             return
+        self._guarded = now
         window = self.work.window if self.strategy["stream"] else 0
         short = self.memory.short(window + self.slack)
         if short > self.slack // 2:
