@@ -99,8 +99,8 @@ class Memory:
         """Return the bytes of a cgroup that cannot be dropped."""
         stat = self._files.read(f"{folder}/memory.stat")
         if self._version == 1:
-            kernel = self._files.number(f"{folder}/memory.kmem.usage_in_bytes") or 0
-            return kernel + sum(_field(stat, name) or 0 for name in ("total_rss", "total_unevictable"))
+            used = self._files.number(f"{folder}/memory.kmem.usage_in_bytes") or 0
+            return used + sum(_field(stat, name) or 0 for name in ("total_rss", "total_unevictable"))
         kernel = _field(stat, "kernel")
         if kernel is None:  # before 5.18 its parts are not summed up
             parts = ("slab", "kernel_stack", "pagetables", "percpu")
