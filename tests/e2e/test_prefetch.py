@@ -7,6 +7,7 @@ behind when the sidecar goes, however it goes.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -27,6 +28,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from llmtraced.bench import models
 from llmtraced.bench.engine import Server
 from llmtraced.bench.pressure import MemoryCgroup, drop_cache
+from llmtraced.errors import LlmtracedError
+from llmtraced.gguf_map import read_model
+from llmtraced.prefetch import plan as plans
 
 pytestmark = pytest.mark.e2e
 
@@ -156,11 +160,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def start(llama_server: Path, model: Path) -> Callable[..., Any]:
-    """Return what starts the server in a memory cgroup of some limit."""
+def another(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of its own: pages belong to the cgroup that read them first, and one server has the other's mapped."""
+    return models.write(tmp_path_factory.mktemp("prefetch") / "another.gguf", models.dense_preset(SIZE))
+
+
+@pytest.fixture(scope="module")
+def start(llama_server: Path, another: Path) -> Callable[..., Any]:
+    """Return what starts a server in a memory cgroup of some limit."""
 
     @contextlib.contextmanager
-    def starter(limit: int | None, name: str = "") -> Iterator[tuple[Server, MemoryCgroup]]:
+    def starter(limit: int | None, name: str, model: Path = another) -> Iterator[tuple[Server, MemoryCgroup]]:
         need(drop_cache(model) == 0, f"{model.parent} has no page cache that can be dropped (tmpfs?)", "e2e")
         with (
             MemoryCgroup(f"llmtraced-prefetch-{name}{os.getpid()}", limit) as group,
@@ -173,9 +183,9 @@ def start(llama_server: Path, model: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
-def pressed(start: Callable[..., Any]) -> Iterator[tuple[Server, MemoryCgroup]]:
+def pressed(start: Callable[..., Any], model: Path) -> Iterator[tuple[Server, MemoryCgroup]]:
     """A server that has three quarters of what its model needs, shared by tests that leave it as it was."""
-    with start(LIMIT) as (server, group):
+    with start(LIMIT, "", model) as (server, group):
         yield server, group
 
 
@@ -193,6 +203,46 @@ def unaided(pressed: tuple[Server, MemoryCgroup], expected: str) -> float:
     nbytes = read_per_token(pressed[0], expected)
     assert nbytes > 0.2 * SIZE, "the limit is no pressure"
     return nbytes
+
+
+def test_tokens_stay_the_same_and_reads_fall(
+    pressed: tuple[Server, MemoryCgroup], expected: str, unaided: float, tmp_path: Path
+) -> None:
+    server, group = pressed
+    with Sidecar(server.pid, tmp_path) as sidecar:
+        with asking(server, expected):
+            wait_until(sidecar.settled, 60, "the sidecar is engaged")
+            most = 0
+            for _ in range(20):
+                most = max(most, group.usage())
+                time.sleep(0.05)
+        assert most <= LIMIT
+        assert read_per_token(server, expected) < unaided / 5
+        time.sleep(1.2)
+        metrics = sidecar.metrics()
+        assert metrics["engaged"] == 1
+        assert 0 < metrics["pinned_bytes"] <= LIMIT
+        assert locked(group) == pytest.approx(metrics["pinned_bytes"], abs=HARDLY)
+
+        # It is small, has none of the launcher's libraries, and is charged where the server is.
+        assert sidecar.bare()
+        proc = Path(f"/proc/{sidecar.child.pid}")
+        anonymous = next(line for line in (proc / "status").read_text().splitlines() if line.startswith("RssAnon"))
+        assert int(anonymous.split()[1]) <= 25 * 1024
+        mapped = (proc / "maps").read_text()
+        assert not [word for word in ("numpy", "bcc", "LLVM", "pyarrow", "polars", "gguf.") if word in mapped]
+        assert sidecar.child.pid in group.pids()
+
+        summary = sidecar.end()
+    assert summary["state"] == "engaged"
+    assert summary["pinned_bytes"] == metrics["pinned_bytes"]  # until it let go
+    assert summary["clock"] == "ticks"
+    assert summary["ticks_lost"] == 0
+    assert summary["failed_reads"] == 0
+    assert summary["used_bytes"] > 0
+    let_go(group)
+    assert not proc.exists()
+    assert read_per_token(server, expected) > unaided / 2  # as before: nothing was left behind
 
 
 def test_off_changes_nothing(
@@ -222,6 +272,125 @@ def test_the_page_table_is_a_clock_as_well(
     assert summary["clock"] == "page table"
     assert summary["failed_reads"] == 0
     let_go(group)
+
+
+@pytest.mark.parametrize("strategy", ["pin", "pattern", "uring"])
+def test_each_strategy_works(
+    strategy: str, pressed: tuple[Server, MemoryCgroup], expected: str, unaided: float, tmp_path: Path
+) -> None:
+    if strategy == "uring":
+        need(importlib.util.find_spec("liburing"), "needs the package liburing (extra uring)", "e2e")
+    server, group = pressed
+    with Sidecar(server.pid, tmp_path, "--strategy", strategy, "--trial", "0") as sidecar:
+        with asking(server, expected):
+            wait_until(sidecar.settled, 60, "the sidecar is engaged")
+        if strategy == "pin":
+            assert read_per_token(server, expected) < unaided * 0.8
+        summary = sidecar.end()
+    assert (summary["prefetched_bytes"] == 0) == (strategy == "pin")
+    assert summary["failed_reads"] == 0
+    assert summary["path"] == {"pin": "huge", "pattern": "readahead", "uring": "uring"}[strategy]
+    let_go(group)
+
+
+def test_a_plan_of_another_model_is_refused(pressed: tuple[Server, MemoryCgroup], tmp_path: Path) -> None:
+    other = read_model(models.write(tmp_path / "other.gguf", models.TINY_DENSE))
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plans.from_tensors("other.gguf", other).to_json()))
+    command = Sidecar(pressed[0].pid, tmp_path, "--plan", str(path)).command
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "is a plan of other.gguf" in done.stderr
+    assert other.fingerprint in done.stderr
+
+
+def test_a_plan_of_this_model_is_followed(
+    pressed: tuple[Server, MemoryCgroup], model: Path, expected: str, unaided: float, tmp_path: Path
+) -> None:
+    server, group = pressed
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plans.from_tensors(model.name, read_model(model)).to_json()))
+    with Sidecar(server.pid, tmp_path, "--plan", str(path), "--trial", "0") as sidecar:
+        with asking(server, expected):
+            wait_until(sidecar.settled, 60, "the sidecar is engaged")
+        assert read_per_token(server, expected) < unaided / 2
+        sidecar.end()
+    let_go(group)
+
+
+def test_a_model_that_fits_is_left_alone(start: Callable[..., Any], tmp_path: Path) -> None:
+    with start(None, "fits-") as (server, group):
+        with Sidecar(server.pid, tmp_path) as sidecar:
+            with asking(server):
+                wait_until(lambda: sidecar.metrics().get("tokens_total", 0) > 10, 60, "tokens are seen")
+                time.sleep(1.2)
+            metrics = sidecar.metrics()
+            assert (metrics["engaged"], metrics["pinned_bytes"], metrics["prefetched_bytes_total"]) == (0, 0, 0)
+            assert locked(group) < HARDLY
+            summary = sidecar.end()
+        assert summary["state"] == "fits"
+
+
+def test_it_ends_with_the_server(start: Callable[..., Any], tmp_path: Path) -> None:
+    with start(LIMIT, "ends-") as (server, group), Sidecar(server.pid, tmp_path, "--trial", "0") as sidecar:
+        with asking(server):
+            wait_until(sidecar.settled, 60, "the sidecar is engaged")
+        server.close()
+        summary = sidecar.summary()
+        assert summary["used_bytes"] > 0
+        assert f"process {server.pid} has ended" in sidecar.said()
+        assert "Traceback" not in sidecar.said()
+        let_go(group)
+
+
+def test_it_ends_with_a_server_that_is_killed_in_a_token(start: Callable[..., Any], tmp_path: Path) -> None:
+    with start(LIMIT, "killed-") as (server, _), Sidecar(server.pid, tmp_path, "--trial", "0") as sidecar:
+        with asking(server):
+            wait_until(sidecar.settled, 60, "the sidecar is engaged")
+
+        def ask() -> None:
+            with contextlib.suppress(LlmtracedError):
+                server.completion(PROMPT, 200)
+
+        client = threading.Thread(target=ask)
+        client.start()
+        time.sleep(0.5)
+        os.kill(server.pid, signal.SIGKILL)
+        client.join()
+        sidecar.summary()
+        assert "Traceback" not in sidecar.said()
+
+
+def test_it_follows_the_limit(start: Callable[..., Any], tmp_path: Path) -> None:
+    with start(LIMIT, "limit-") as (server, group):
+        expected = server.completion(PROMPT, TOKENS)["content"]
+        with Sidecar(server.pid, tmp_path, "--trial", "0") as sidecar:
+            with asking(server, expected):
+                wait_until(sidecar.settled, 60, "the sidecar is engaged")
+                before = sidecar.metrics()["pinned_bytes"]
+                lower = LIMIT - 30 * MB
+                # As an administrator would: the kernel refuses (v1) or kills (v2) where too much is locked at once.
+                for limit in range(LIMIT - 5 * MB, lower - 1, -5 * MB):
+                    group.set_limit(limit)
+                    time.sleep(0.6)
+                wait_until(
+                    lambda: sidecar.settled() and sidecar.metrics()["pinned_bytes"] <= before - 20 * MB,
+                    30,
+                    "less is pinned",
+                )
+                less = sidecar.metrics()["pinned_bytes"]
+                assert group.usage() <= lower
+                group.set_limit(LIMIT)
+                wait_until(
+                    lambda: sidecar.settled() and sidecar.metrics()["pinned_bytes"] >= less + 20 * MB,
+                    30,
+                    "more is pinned",
+                )
+                assert group.usage() <= LIMIT
+            sidecar.end()
+        let_go(group)
 
 
 NURSERY = """
