@@ -10,8 +10,9 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from llmtraced.analysis.columns import Ints, ahead
-from llmtraced.analysis.pages import Marks, Pages, Rows, Steps
+from llmtraced.analysis.columns import Bools, Ints, ahead
+from llmtraced.analysis.compiled import compiled
+from llmtraced.analysis.pages import CLOCK, Pages, Rows, Steps
 from llmtraced.analysis.touches import Evidence
 from llmtraced.analysis.trace import Trace, collect, verdict
 from llmtraced.schema import CAUSES, PHASES
@@ -40,8 +41,8 @@ def cache(trace: Trace, phase: str | None = None) -> dict[str, Any]:
     span = _span(trace, phase)
     pages = Pages(trace, phase)
     tally = _Tally(trace, pages, span)
-    for seen, steps in ahead(pages.steps(tally.look)):
-        tally.add(seen)
+    for rows, steps in ahead(pages.steps()):
+        tally.add(rows)
         tally.take(steps)
     tally.finish(pages.resident())
     moved = collect(
@@ -95,55 +96,29 @@ class _Tally:
         self.before = np.zeros(tensors, np.int64)
         self.evicted = np.zeros(tensors, np.int64)
         self.astray = 0
+        self._changed = self.evicted, self.moves, self.resident, self._area
 
-    def look(self, rows: Rows) -> tuple[Ints, Ints, Ints, Ints]:
-        """Sum up rows as if each changed something; may run in several threads."""
-        nbytes, mark = rows.end - rows.begin, Marks(rows.mark)
-        added, counted = mark.added, np.where(mark.counted, nbytes, 0)
-        evicted, moves = np.zeros_like(self.evicted), np.zeros_like(self.moves)
-        gone = np.flatnonzero(~added)
-        _add(evicted, rows.tensor[gone], counted[gone])
-        here = self._bin(mark.time)
-        _add(moves, np.where(added, mark.cause, len(CAUSES)) * self._count + here, counted)
-        return evicted, moves, *self._changes(rows.tensor, np.where(added, nbytes, -nbytes), mark.time)
-
-    def add(self, seen: tuple[Ints, Ints, Ints, Ints]) -> None:
-        """Take in what :meth:`look` found."""
-        for to, more in zip((self.evicted, self.moves, self.resident, self._area), seen, strict=True):
-            to += more
+    def add(self, rows: Rows) -> None:
+        """Take in a batch as if each row changed something."""
+        _move(rows.mark, rows.tensor, rows.begin, rows.end, self._start, self._end, self._width, *self._changed)
 
     def take(self, steps: Steps) -> None:
-        """Take in some steps, in order of time from call to call."""
-        now, past = steps.now.packed, steps.past.packed
-        added, came, known = now & 1 == 1, (past >= 0) & (past & 1 == 1), past >= 0
-        astray = steps.only(np.flatnonzero(known & (added == came)))
-        if astray.row.size:
-            nbytes = astray.nbytes
-            self.astray += int(nbytes.sum())
-            back = np.where(astray.now.added, -nbytes, nbytes)  # nothing changed
-            for to, more in zip(
-                (self.resident, self._area), self._changes(astray.tensor, back, astray.now.time), strict=True
-            ):
-                to += more
-        early = steps.only(np.flatnonzero(~added & ~known))  # goes, and was not seen to come
-        _add(self.before, early.tensor, early.nbytes)
-        lost = steps.only(np.flatnonzero(added & came))  # its eviction was not seen, or not in order
-        self._decide(lost, np.full(lost.row.size, _UNKNOWN))
-        self._judge(steps.only(np.flatnonzero(~added & came)), _WASTED)
-
-    def _bin(self, time: Ints) -> Ints:
-        return (np.clip(time, self._start, self._end) - self._start) // self._width
-
-    def _changes(self, tensor: Ints, change: Ints, time: Ints) -> tuple[Ints, Ints]:
-        """Return what changes in the cache by tensor and bin, and by tensor times the time that is left."""
-        if int(time.max(initial=-1)) > self._end:
-            change = np.where(time > self._end, 0, change)
-        resident, area = np.zeros_like(self.resident), np.zeros_like(self._area)
-        _add(resident, tensor * self._count + self._bin(time), change)
-        left = self._end - np.clip(time, self._start, self._end)
-        _add(area[0], tensor, change * (left >> 16))
-        _add(area[1], tensor, change * (left & 0xFFFF))
-        return resident, area
+        """Take in the steps of that batch."""
+        rows, span = steps.rows, (self._start, self._end, self._width)
+        astray, left = _sort_out(
+            steps.row,
+            steps.before,
+            steps.begin,
+            steps.end,
+            rows.mark,
+            rows.tensor,
+            *span,
+            *self._changed[2:],
+            self.before,
+            self.fates,
+        )
+        self.astray += astray
+        self._judge(steps.only(left), _WASTED)
 
     def finish(self, still: Steps) -> None:
         """Take in what is in the cache at the end."""
@@ -207,22 +182,125 @@ class _Tally:
     def _judge(self, steps: Steps, unused: int) -> None:
         """Decide on pages that came in when they did before and leave now."""
         for some, used, may in self._evidence.weigh(steps):
-            if used.all():
-                self._decide(some, np.full(used.size, _USED))
-                continue
-            came = some.past
-            hidden = may | came.loading | ~_MAPPED[came.cause] | (not self._seen)
-            self._decide(some, np.where(used, _USED, np.where(hidden & (unused == _WASTED), _UNKNOWN, unused)))
+            rows = some.rows
+            _decide(
+                some.row,
+                some.before,
+                some.begin,
+                some.end,
+                rows.mark,
+                rows.tensor,
+                used,
+                may,
+                _MAPPED & self._seen,
+                unused,
+                self.fates,
+            )
 
-    def _decide(self, steps: Steps, fate: Ints) -> None:
-        came = steps.past
-        at = (steps.tensor * len(CAUSES) + came.cause) * len(FATES) + fate
-        _add(self.fates, at, np.where(came.counted, steps.nbytes, 0))
+
+@compiled
+def _move(
+    mark: Ints,
+    tensor: Ints,
+    begin: Ints,
+    end: Ints,
+    first: int,
+    last: int,
+    width: int,
+    evicted: Ints,
+    moves: Ints,
+    resident: Ints,
+    area: Ints,
+) -> None:
+    """Add rows to what went by tensor, to what moved, and to what changes in the cache."""
+    for i in range(mark.size):
+        what, of, nbytes = mark[i], tensor[i], end[i] - begin[i]
+        time = what >> CLOCK
+        here = (min(max(time, first), last) - first) // width
+        if what & 16:
+            if what & 1:
+                moves[what >> 1 & 7, here] += nbytes
+            else:
+                moves[-1, here] += nbytes
+                evicted[of] += nbytes
+        if time <= last:
+            change = nbytes if what & 1 else -nbytes
+            left = last - max(time, first)
+            resident[of, here] += change
+            area[0, of] += change * (left >> 16)
+            area[1, of] += change * (left & 0xFFFF)
 
 
-def _add(to: Ints, at: Ints, nbytes: Ints) -> None:
-    """Add to places of the array, counted through; ``np.add.at`` is fast in one dimension only."""
-    np.add.at(to.reshape(-1), at, nbytes)
+@compiled
+def _sort_out(
+    row: Ints,
+    before: Ints,
+    begin: Ints,
+    end: Ints,
+    mark: Ints,
+    tensor: Ints,
+    first: int,
+    last: int,
+    width: int,
+    resident: Ints,
+    area: Ints,
+    early: Ints,
+    fates: Ints,
+) -> tuple[int, Ints]:
+    """Return the bytes that moved out of order, and which steps are evictions of what came in.
+
+    Of the others: what went and was not seen to come is added to ``early``, and what came and was not seen to go
+    to ``fates``; what moved out of order changed nothing, which is taken back from ``resident`` and ``area``.
+    """
+    astray = count = 0
+    left = np.empty(row.size, np.int64)
+    for i in range(row.size):
+        now, past, of, nbytes = mark[row[i]], mark[before[i]], tensor[row[i]], end[i] - begin[i]
+        added, known = now & 1, past >= 0
+        came = known and past & 1
+        if known and bool(added) == bool(came):
+            astray += nbytes
+            time = now >> CLOCK
+            if time <= last:
+                back = -nbytes if added else nbytes
+                remains = last - max(time, first)
+                resident[of, (max(time, first) - first) // width] += back
+                area[0, of] += back * (remains >> 16)
+                area[1, of] += back * (remains & 0xFFFF)
+        if not added:
+            if not known:
+                early[of] += nbytes
+            elif came:
+                left[count] = i
+                count += 1
+        elif came and past & 16:
+            fates[of, past >> 1 & 7, _UNKNOWN] += nbytes
+    return astray, left[:count]
+
+
+@compiled
+def _decide(
+    row: Ints,
+    before: Ints,
+    begin: Ints,
+    end: Ints,
+    mark: Ints,
+    tensor: Ints,
+    used: Bools,
+    may: Bools,
+    mapped: Bools,
+    unused: int,
+    fates: Ints,
+) -> None:
+    """Add pages that leave now to the fates of when they came in; ``may`` is said of those not used."""
+    for i in range(row.size):
+        past = mark[before[i]]
+        if not past & 16:
+            continue
+        fate = _USED if used[i] else unused
+        if fate == _WASTED and (may[i] or past & 32 or not mapped[past >> 1 & 7]):
+            fate = _UNKNOWN
+        fates[tensor[row[i]], past >> 1 & 7, fate] += end[i] - begin[i]
 
 
 def _fates(of: Ints) -> dict[str, int]:

@@ -19,12 +19,14 @@ import pyarrow.parquet as pq
 
 from llmtraced.analysis.trace import Stored, Trace, damaged
 
-__all__ = ["Batch", "Bools", "Ints", "Words", "ahead", "batches"]
+__all__ = ["Batch", "Bools", "Ints", "Numbers", "Words", "ahead", "batches"]
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+Numbers = np.ndarray[Any, np.dtype[np.int32]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 Batch = dict[str, np.ndarray[Any, Any]]
-"""Columns by name, all of the same length, of the table's types; words are int64 numbers (:class:`Words`)."""
+"""Columns by name, all of the same length, of the table's types; words are int64 numbers (:class:`Words`), truth is
+int8."""
 
 _ROWS: Final = 1 << 16
 """Rows of a batch, about, as long as there are so many: files may be small."""
@@ -132,7 +134,7 @@ def _read(some: Sequence[tuple[Stored, list[int]]], columns: Mapping[str, Words 
         for name, known in columns.items():
             for chunk in table.column(name).chunks:
                 parts[name].append(_array(chunk, known))
-    return {name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in parts.items()}
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 def _array(chunk: pa.Array, known: Words | int) -> np.ndarray[Any, Any]:

@@ -165,8 +165,8 @@ def _costs(
         return {name: np.zeros(0, np.int64) for name in _COSTS}, 0
     pages = Pages(trace, phase, order)
     summed = Reads(pages)
-    for seen in pages.rows(summed.look):
-        summed.add(seen)
+    for batch in pages.rows():
+        summed.add(batch)
     reads = summed.by_expert().with_columns(reread_bytes=pl.col("bytes_read") - pl.col("unique_bytes"))
     bases = pl.DataFrame(
         {"layer": [one.number for one in routing.layers], "base": routing.base},

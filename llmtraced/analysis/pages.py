@@ -1,36 +1,35 @@
 """Follow each page of a model through the page cache: what it had been through when it came in or went out.
 
-Rows move stretches of pages, and stretches are what is followed (:mod:`llmtraced.analysis.walk`): memory goes with the
-model's size, time with the rows. A page in which two tensors (or experts) meet moves once and is several rows, one a
-part; each part has a state of its own. So there is a *slot* for each page, and one for each part that begins inside.
+A row moves a stretch of pages. What moved each page last is kept (:mod:`llmtraced.analysis.walk`), so memory goes with
+the model's size, and what a row finds are stretches again: of pages that were moved by the same row before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import polars as pl
 
 from llmtraced.analysis.columns import Batch, Bools, Ints, Words, batches
+from llmtraced.analysis.compiled import compiled
 from llmtraced.analysis.trace import Trace, collect
-from llmtraced.analysis.walk import Stretches
+from llmtraced.analysis.walk import Walk
 from llmtraced.schema import CAUSES, PAGE
 
-__all__ = ["BLOCK", "Marks", "Pages", "Rows", "Steps"]
+__all__ = ["BLOCK", "CLOCK", "Marks", "Pages", "Rows", "Steps"]
 
 BLOCK: Final = 16
 """Pages that one fault maps if they are in the cache (64 KiB, aligned): Linux's fault-around."""
 
-_CHUNK: Final = 8192  # rows put at once: more would move pages more than once, fewer cost more calls
-_FILE: Final = ("model", "shard")
+CLOCK: Final = 7
+"""Bits below the time in a mark."""
+
+_KEPT: Final = 1 << 20  # rows that are kept before those that no page needs are forgotten, at least
 _SHIFT: Final = PAGE.bit_length() - 1
 _ABSENT: Final = -(1 << 40)
-_CLOCK: Final = 7  # bits below the time in a mark
-
-_Seen = TypeVar("_Seen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ class Marks:
     @property
     def time(self) -> Ints:
         """When, in ns since the trace's first row."""
-        return self.packed >> _CLOCK
+        return self.packed >> CLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +95,17 @@ class Rows:
     def then(self, more: Rows) -> Rows:
         """Return these rows and more."""
         return Rows(*(np.concatenate([getattr(one, field.name) for one in (self, more)]) for field in fields(self)))
+
+    def in_room_for(self, count: int) -> Rows:
+        """Return arrays of that length, which begin with these rows; the others are not set."""
+        room = Rows(*(np.empty(count, np.int64) for _ in fields(self)))
+        room.put(0, self)
+        return room
+
+    def put(self, first: int, rows: Rows) -> None:
+        """Set rows from number ``first`` on."""
+        for field in fields(self):
+            getattr(self, field.name)[first : first + rows.mark.size] = getattr(rows, field.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,22 +156,51 @@ class Steps:
         """Return those of the steps."""
         return Steps(self.rows, self.row[some], self.before[some], self.begin[some], self.end[some])
 
+    def returned(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """Return, of the steps that bring back what was evicted, and are in the phase asked for, what they bring back.
+
+        Returns:
+            int64, row of :attr:`Pages.tensors`, ns since the eviction, graphs since the eviction, and bytes.
+        """
+        rows = self.rows
+        return _returned(self.row, self.before, self.begin, self.end, rows.mark, rows.token, rows.tensor)
+
     def by_block(self) -> Steps:
         """Return the same bytes as steps that end where a block of :data:`BLOCK` pages ends."""
-        size = BLOCK * PAGE
-        block = self.begin // size
-        count = (self.end - 1) // size - block + 1
-        if (count == 1).all():
-            return self
-        of = np.repeat(np.arange(count.size), count)
-        low = (np.arange(of.size) + np.repeat(block - (np.cumsum(count) - count), count)) * size
-        return Steps(
-            self.rows,
-            self.row[of],
-            self.before[of],
-            np.maximum(low, self.begin[of]),
-            np.minimum(low + size, self.end[of]),
-        )
+        return Steps(self.rows, *_by_block(self.row, self.before, self.begin, self.end))
+
+
+@compiled
+def _returned(
+    row: Ints, before: Ints, begin: Ints, end: Ints, mark: Ints, token: Ints, tensor: Ints
+) -> tuple[Ints, Ints, Ints, Ints]:
+    found = np.empty((4, row.size), np.int64)
+    count = 0
+    for i in range(row.size):
+        now, past = mark[row[i]], mark[before[i]]
+        if now & 17 == 17 and past >= 0 and not past & 1:
+            found[0, count], found[1, count] = tensor[row[i]], (now >> CLOCK) - (past >> CLOCK)
+            found[2, count], found[3, count] = token[row[i]] - token[before[i]], end[i] - begin[i]
+            count += 1
+    return found[0, :count], found[1, :count], found[2, :count], found[3, :count]
+
+
+@compiled
+def _by_block(row: Ints, before: Ints, begin: Ints, end: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    size = BLOCK * PAGE
+    count = 0
+    for i in range(row.size):
+        count += (end[i] - 1) // size - begin[i] // size + 1
+    found = np.empty((4, count), np.int64)
+    at = 0
+    for i in range(row.size):
+        low = begin[i]
+        while low < end[i]:
+            high = min((low // size + 1) * size, end[i])
+            found[0, at], found[1, at], found[2, at], found[3, at] = row[i], before[i], low, high
+            low = high
+            at += 1
+    return found[0], found[1], found[2], found[3]
 
 
 class Pages:
@@ -181,41 +220,35 @@ class Pages:
         self._causes, self._actions = Words(*CAUSES), Words("evict", "add")
         self._wanted = phase, order
         self._survey()
-        self._stretches = Stretches(self._pages + self._inside.size)
+        self._last = Walk(self._pages)
         none = np.zeros(1, np.int64)
-        self._rows = Rows(none - 1, none, none, none - 1, none, none)
+        self._rows, self._known = Rows(none - 1, none, none, none - 1, none, none), 1
 
     def _survey(self) -> None:
-        """Find the tensors, number the pages of all files through, and find the parts that begin inside of pages."""
+        """Find the tensors, and number the pages of all files through."""
         columns: dict[str, Words | int] = {"model": self.models, "tensor_name": self.names, "shard": -1}
         columns |= {"offset_bytes": 0, "bytes": 0, "expert": -1}
         self.experts = 0
         owners: dict[tuple[int, int], None] = {}
         ends: dict[tuple[int, int], int] = {}
-        inside: dict[tuple[int, int], Ints] = {}
 
-        def look(rows: Batch) -> list[tuple[tuple[int, int], int, int, Ints, Ints]]:
+        def look(rows: Batch) -> list[tuple[tuple[int, int], int, int, Ints]]:
             found = []
-            model, shard = rows["model"], rows["shard"].astype(np.int64)
-            file = model << 16 | (shard & 0xFFFF)
-            one = (file == file[:1]).all()
+            model, shard, end = rows["model"], rows["shard"], rows["offset_bytes"] + rows["bytes"]
+            one = (model == model[:1]).all() and (shard == shard[:1]).all()
+            file = model[:1] if one else model << 16 | (shard.astype(np.int64) & 0xFFFF)
             for number in file[:1].tolist() if one else np.unique(file).tolist():
                 mine = slice(None) if one else file == number
-                offset = rows["offset_bytes"][mine]
                 names = np.flatnonzero(np.bincount(rows["tensor_name"][mine]))
-                end = int((offset + rows["bytes"][mine]).max())
-                cut = offset[(offset & (PAGE - 1) != 0) & (rows["bytes"][mine] > 0)]
-                key = (number >> 16, int(shard[mine][0]))
-                found.append((key, end, int(rows["expert"][mine].max()), names, _unique(cut)))
+                key = (int(model[mine][0]), int(shard[mine][0]))
+                found.append((key, int(end[mine].max()), int(rows["expert"][mine].max()), names))
             return found
 
         for part in batches(self._trace, "pagecache", columns, look):
-            for key, end, expert, names, cut in part:
+            for key, end, expert, names in part:
                 self.experts = max(self.experts, expert + 1)
                 owners |= dict.fromkeys((key[0], name) for name in names.tolist())
                 ends[key] = max(ends.get(key, 0), end)
-                known = inside.get(key)
-                inside[key] = cut if known is None else _unique(np.append(known, cut))
         self._owners = sorted(owners, key=lambda one: tuple(str(word) for word in self._words(one)))
         self.tensors = pl.DataFrame(
             [self._words(one) for one in self._owners],
@@ -223,11 +256,6 @@ class Pages:
             orient="row",
         )
         self._place(ends)
-        keys = [inside[file] + (self._base[file] << _SHIFT) for file in ends]
-        self._inside = np.sort(np.concatenate(keys)) if keys else np.zeros(0, np.int64)
-        counts = np.bincount(self._inside >> _SHIFT, minlength=self._pages + 1)
-        self._earlier = np.cumsum(counts) - counts  # parts that begin inside of earlier pages
-        self._page = np.repeat(np.arange(self._pages + 1), counts + 1)  # of each slot
 
     def _words(self, owner: tuple[int, int]) -> tuple[str | None, str | None]:
         return self.models.list[owner[0]], self.names.list[owner[1]]
@@ -282,24 +310,19 @@ class Pages:
         """How many blocks of :data:`BLOCK` pages there are."""
         return self._pages // BLOCK
 
-    def rows(self, look: Callable[[Rows], _Seen]) -> Iterator[_Seen]:
-        """Yield what ``look`` makes of the rows of each batch, in order; it runs in other threads."""
-        return batches(self._trace, "pagecache", self._columns(), lambda batch: look(self._numbered(batch)))
+    def rows(self) -> Iterator[Rows]:
+        """Yield the rows of each batch, in order; other threads read ahead."""
+        return batches(self._trace, "pagecache", self._columns(), self._numbered)
 
-    def steps(self, look: Callable[[Rows], _Seen]) -> Iterator[tuple[_Seen, Steps]]:
+    def steps(self) -> Iterator[tuple[Rows, Steps]]:
         """Walk through all adds and evictions; the walk can be made once.
 
         Yields:
-            Of each batch, in order of time, what ``look`` makes of its rows in another thread, and its steps, which
-            are in no order.
+            Of each batch, in order of time, its rows and their steps, in the rows' order.
         """
-
-        def prepare(batch: Batch) -> tuple[_Seen, Rows, Ints, Ints]:
-            rows = self._numbered(batch)
-            return look(rows), *self._slots(rows)
-
-        for seen, rows, low, high in batches(self._trace, "pagecache", self._columns(), prepare):
-            yield seen, self._walk(rows, low, high)
+        for rows in self.rows():
+            some = rows.end > rows.begin
+            yield rows, self._walk(rows if some.all() else rows.only(some))
 
     def _columns(self) -> dict[str, Words | int]:
         return {
@@ -322,7 +345,7 @@ class Pages:
         mark_flags = np.array(flags or [0], np.int64)[batch["phase"]]
         mark_flags[batch["token"] != 0] &= ~32
         causes = [CAUSES.index(word) if word in CAUSES else len(CAUSES) - 1 for word in self._causes.list]
-        mark = batch["timestamp"] - self.start_ns << _CLOCK
+        mark = batch["timestamp"] - self.start_ns << CLOCK
         mark += mark_flags
         mark += np.array(causes or [0], np.int64)[batch["cause"]] << 1
         mark += batch["action"] == 1
@@ -331,79 +354,24 @@ class Pages:
         columns = (mark, batch["token"].astype(np.int64), tensor, batch["expert"].astype(np.int64))
         return Rows(*columns, begin, begin + batch["bytes"])
 
-    def _slots(self, rows: Rows) -> tuple[Rows, Ints, Ints]:
-        """Return the rows, and the slots that each begins with and ends before."""
-        if not (rows.end > rows.begin).all():
-            rows = rows.only(rows.end > rows.begin)
-        begin = rows.begin
-        page, last = begin >> _SHIFT, rows.end - 1 >> _SHIFT
-        low = page + self._earlier[page]
-        cut = np.flatnonzero(begin & (PAGE - 1))
-        low[cut] = page[cut] + np.searchsorted(self._inside, begin[cut]) + 1
-        high = np.where(last > page, last + self._earlier[last], low) + 1
-        return self._apart(rows, low, high, last - page + 1)
-
-    def _apart(self, rows: Rows, low: Ints, high: Ints, count: Ints) -> tuple[Rows, Ints, Ints]:
-        """Take rows apart that have other parts between their pages: what a tensor's rows are not, but might be."""
-        wrong = high - low != count
-        if not wrong.any():
-            return rows, low, high
-        count = np.where(wrong, count, 1)
-        of = np.repeat(np.arange(count.size), count)
-        number = np.arange(of.size) - np.repeat(np.cumsum(count) - count, count)
-        wrong = wrong[of]
-        low, high, rows = low[of], high[of], rows.only(of)
-        page = (rows.begin >> _SHIFT) + number
-        low = np.where(wrong & (number > 0), page + self._earlier[page], low)
-        high = np.where(wrong, low + 1, high)
-        begin = np.where(wrong, np.maximum(rows.begin, page << _SHIFT), rows.begin)
-        end = np.where(wrong, np.minimum(rows.end, page + 1 << _SHIFT), rows.end)
-        return Rows(rows.mark, rows.token, rows.tensor, rows.expert, begin, end), low, high
-
-    def _walk(self, rows: Rows, low: Ints, high: Ints) -> Steps:
-        stretches = self._stretches
-        known = np.zeros(self._rows.mark.size, bool)
-        known[0] = True
-        known[stretches.number] = True
-        used = np.flatnonzero(known)
-        stretches.number = (np.cumsum(known) - 1)[stretches.number]
-        self._rows = self._rows.only(used).then(rows)
-        number = np.arange(used.size, used.size + low.size)
-        added = (rows.mark & 1).astype(bool)
-        moved = list(stretches.put(low, high, number, added, _CHUNK))
-        if not moved:
-            none = np.zeros(0, np.int64)
-            return Steps(self._rows, none, none, none, none)
-        low, high, row, past = (
-            np.concatenate([getattr(one, name) for one in moved]) for name in ("low", "high", "number", "past")
-        )
-        sizes = np.cumsum([0, *(one.low.size for one in moved)])
-        first, last = (
-            np.concatenate([getattr(one, name) + at for one, at in zip(moved, sizes, strict=False)])
-            for name in ("begins", "ends")
-        )
-        begin, end = self._page[low] << _SHIFT, self._page[high] << _SHIFT
-        begin[first] = self._rows.begin[row[first]]
-        end[last] = self._rows.end[row[last]]
-        return Steps(self._rows, row, past, begin, end)
+    def _walk(self, rows: Rows) -> Steps:
+        first, count = self._known, rows.mark.size
+        if first + count > self._rows.mark.size:
+            kept = self._rows.only(self._last.renumber())
+            first = kept.mark.size
+            self._rows = kept.in_room_for(max(2 * (first + count), _KEPT))
+        self._known = first + count
+        self._rows.put(first, rows)
+        return Steps(self._rows, *self._last.put(rows.begin, rows.end, first))
 
     def resident(self) -> Steps:
         """Return what is in the cache after the walk, as steps that leave now."""
-        low, number = self._stretches.low, self._stretches.number
+        number, begin, end = self._last.stretches()
         mark = self._rows.mark[number]
         at = np.flatnonzero((mark >= 0) & (mark & 1 == 1))
-        past = number[at]
-        rows = self._rows.only(past)
-        begin = np.maximum(self._page[low[at]] << _SHIFT, rows.begin)
-        end = np.minimum(self._page[low[at + 1] - 1] + 1 << _SHIFT, rows.end)
-        now = np.full(at.size, ((self._trace.last_ns or 0) - self.start_ns) << _CLOCK, np.int64)
+        rows = self._rows.only(number[at])
+        begin, end = np.maximum(begin[at], rows.begin), np.minimum(end[at], rows.end)
+        now = np.full(at.size, ((self._trace.last_ns or 0) - self.start_ns) << CLOCK, np.int64)
         leaving = Rows(now, rows.token, rows.tensor, rows.expert, begin, end)
         number = np.arange(at.size)
         return Steps(leaving.then(rows), number, number + at.size, begin, end)
-
-
-def _unique(values: Ints) -> Ints:
-    """Return the different values, sorted; unlike numpy's, which hashes, this is fast."""
-    ordered = np.sort(values)
-    different: Ints = ordered[np.append(True, ordered[1:] != ordered[:-1])[: ordered.size]]
-    return different

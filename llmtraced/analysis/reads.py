@@ -6,21 +6,19 @@ the same. Once all of a piece is known to have been read, a range of it adds not
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import polars as pl
 
-from llmtraced.analysis.columns import Batch, Ints, Words, batches
+from llmtraced.analysis.columns import Batch, Ints, Numbers, Words, batches
+from llmtraced.analysis.compiled import compiled
 from llmtraced.analysis.pages import Pages, Rows
 from llmtraced.analysis.trace import Trace
 
-__all__ = ["Reads", "Tallied", "faults", "union"]
+__all__ = ["Reads", "faults", "union"]
 
 _KEPT: Final = 1 << 17  # ranges that wait to be joined
-
-Tallied = tuple[Ints, Ints]
-"""Sums of one batch, and the ranges in it that may be new: their piece, begin and end."""
 
 _SUMS: Final = ("bytes_read", "read_count", "ordered_bytes", "evicted_bytes", "evict_count")
 
@@ -36,40 +34,15 @@ class Reads:
         self._pages = pages
         self._each = pages.experts + 1  # of each tensor: those without an expert, then the experts
         self._count = pages.tensors.height * self._each
-        self._sums = np.zeros((len(_SUMS), self._count), np.int64)
+        self._sums = np.zeros((self._count, len(_SUMS)), np.int64)
         self._runs = np.zeros((3, 0), np.int64)
         self._new: list[Ints] = []
         none = np.zeros(self._count, np.int64)
         self._whole = none, none  # of each piece the longest range of bytes that was read
 
-    def look(self, rows: Rows) -> Tallied:
-        """Sum up a batch; may run in several threads."""
-        low, high = self._whole
-        counted = rows.mark & 16 != 0
-        some = np.flatnonzero(counted & (rows.mark & 1 != 0))
-        gone = np.flatnonzero(counted & (rows.mark & 1 == 0))
-        piece = rows.tensor * self._each + np.maximum(rows.expert, -1) + 1
-        size = rows.end - rows.begin
-        came, nbytes = piece[some], size[some]
-        ordered = nbytes * (rows.mark[some] >> 6 & 1)
-        sums = (
-            self._sum(came, nbytes),
-            np.bincount(came, minlength=self._count),
-            self._sum(came, ordered),
-            self._sum(piece[gone], size[gone]),
-            np.bincount(piece[gone], minlength=self._count),
-        )
-        begin, end = rows.begin[some], rows.end[some]
-        fresh = np.flatnonzero(((begin < low[came]) | (end > high[came])) & (nbytes > 0))
-        return np.stack(sums), np.stack([came[fresh], begin[fresh], end[fresh]])
-
-    def _sum(self, piece: Ints, nbytes: Ints) -> Ints:
-        return np.bincount(piece, nbytes, self._count).astype(np.int64)  # exact: a batch has less than 2^53 bytes
-
-    def add(self, tallied: Tallied) -> None:
-        """Take in what :meth:`look` found."""
-        sums, fresh = tallied
-        self._sums += sums
+    def add(self, rows: Rows) -> None:
+        """Take in a batch."""
+        fresh = _sum(rows.mark, rows.tensor, rows.expert, rows.begin, rows.end, self._each, *self._whole, self._sums)
         self._new.append(fresh)
         if sum(one.shape[1] for one in self._new) > _KEPT:
             self._join()
@@ -93,15 +66,42 @@ class Reads:
         reached = _reached(piece // self._each, end)
         unique = np.zeros(self._count, np.int64)
         np.add.at(unique, piece, np.maximum(end - np.maximum(begin, reached), 0))
-        number = np.flatnonzero(self._sums[1] + self._sums[4])
+        number = np.flatnonzero(self._sums[:, 1] + self._sums[:, 4])
         frame = pl.DataFrame(
             {
                 "expert": (number % self._each - 1).astype(np.int32),
-                **dict(zip(_SUMS, self._sums[:, number], strict=True)),
+                **dict(zip(_SUMS, self._sums[number].T, strict=True)),
                 "unique_bytes": unique[number],
             }
         )
         return self._pages.tensors[number // self._each].hstack(frame)
+
+
+@compiled
+def _sum(
+    mark: Ints, tensor: Ints, expert: Ints, begin: Ints, end: Ints, each: int, low: Ints, high: Ints, sums: Ints
+) -> Ints:
+    """Add rows to the sums of their pieces; return the ranges that may be new: piece, begin and end."""
+    fresh = np.empty((3, mark.size), np.int64)
+    count = 0
+    for i in range(mark.size):
+        what = mark[i]
+        if not what & 16:
+            continue
+        piece = tensor[i] * each + max(expert[i], -1) + 1
+        first, after = begin[i], end[i]
+        if what & 1:
+            sums[piece, 0] += after - first
+            sums[piece, 1] += 1
+            if what & 64:
+                sums[piece, 2] += after - first
+            if after > first and (first < low[piece] or after > high[piece]):
+                fresh[0, count], fresh[1, count], fresh[2, count] = piece, first, after
+                count += 1
+        else:
+            sums[piece, 3] += after - first
+            sums[piece, 4] += 1
+    return fresh[:, :count].copy()
 
 
 def union(ranges: Ints) -> Ints:
@@ -138,50 +138,43 @@ def faults(trace: Trace, phase: str | None = None) -> pl.DataFrame:
     if phase is not None:
         columns["phase"] = phases
 
-    def count(rows: Batch) -> list[tuple[int, int, Ints]]:
-        if phase is not None:
-            wanted = np.array([word == phase for word in (*phases.list, None)])[rows["phase"]]
-            rows = {name: column[wanted] for name, column in rows.items()}
-        found = []
-        for model in np.flatnonzero(np.bincount(rows["model"])).tolist():
-            mine = rows["model"] == model
-            some = rows if mine.all() else {name: column[mine] for name, column in rows.items()}
-            each = max(int(some["expert"].max()), -1) + 2
-            key = some["tensor_name"] * each
-            key += np.maximum(some["expert"], -1)
-            key += 1
-            place = key * 3
-            place += some["major"]
-            place += 1
-            outcome = np.bincount(place)
-            outcome = np.append(outcome, np.zeros(-outcome.size % 3, np.int64)).reshape(-1, 3)
-            stall = np.bincount(key, some["latency_ns"], outcome.shape[0]).astype(np.int64)
-            found.append((model, each, np.column_stack([outcome, stall])))
-        return found
+    def wanted(rows: Batch) -> Batch:
+        if phase is None:
+            return rows
+        some = np.array([word == phase for word in (*phases.list, None)])[rows["phase"]]
+        return {name: column[some] for name, column in rows.items()}
 
-    sums: dict[tuple[int, int], Ints] = {}
-    for part in batches(trace, "faults", columns, count):
-        for model, each, more in part:
-            known = sums.get((model, each))
-            if known is not None:
-                more, known = (more, known) if len(more) >= len(known) else (known, more)
-                more[: len(known)] += known
-            sums[model, each] = more
-    frames = [pl.DataFrame(schema=_FAULTS)]
-    for (model, each), rows in sums.items():
-        at = np.flatnonzero(rows[:, :3].any(axis=1))
-        unknown, minor, major, stall = rows[at].T
-        data: dict[str, Any] = {
-            "model": [models.list[model]] * at.size,
-            "tensor_name": [names.list[name] for name in (at // each).tolist()],
-            "expert": at % each - 1,
+    sums = np.zeros((0, 0, 0, 4), np.int64)  # of model, name, expert + 1: end not seen, minor, major; ns
+    for rows in batches(trace, "faults", columns, wanted):
+        experts = max(int(rows["expert"].max(initial=-1)) + 2, sums.shape[2])
+        room = (len(models.list), len(names.list), experts, 4)
+        if room != sums.shape:
+            grown = np.zeros(room, np.int64)
+            grown[tuple(slice(size) for size in sums.shape)] = sums
+            sums = grown
+        _count(rows["model"], rows["tensor_name"], rows["expert"], rows["major"], rows["latency_ns"], sums)
+    model, name, expert = np.nonzero(sums[..., :3].any(axis=3))
+    unknown, minor, major, stall = sums[model, name, expert].T
+    return pl.DataFrame(
+        {
+            "model": [models.list[number] for number in model.tolist()],
+            "tensor_name": [names.list[number] for number in name.tolist()],
+            "expert": expert - 1,
             "access_count": unknown + minor + major,
             "major_faults": major,
             "minor_faults": minor,
             "stall_ns": stall,
-        }
-        frames.append(pl.DataFrame(data, schema=_FAULTS))
-    return pl.concat(frames)
+        },
+        schema=_FAULTS,
+    )
+
+
+@compiled
+def _count(model: Ints, name: Ints, expert: Numbers, major: Ints, latency: Ints, sums: Ints) -> None:
+    for i in range(model.size):
+        of = sums[model[i], name[i], max(expert[i], -1) + 1]
+        of[major[i] + 1] += 1
+        of[3] += latency[i]
 
 
 _FAULTS: Final = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypedDict, cast
 
-import numpy as np
 import polars as pl
 
 from llmtraced.analysis.columns import ahead
@@ -150,16 +149,14 @@ def _away(pages: Pages, reads: Reads, follow: bool) -> tuple[dict[str, Any], pl.
     count = pages.tensors.height
     times, tokens = Spread(count), Spread(count)
     if follow:
-        for seen, steps in ahead(pages.steps(reads.look)):
-            reads.add(seen)
-            now, past = steps.now.packed, steps.past.packed
-            again = steps.only(np.flatnonzero((now & 17 == 17) & (past >= 0) & (past & 1 == 0)))
-            tensor, nbytes = again.tensor, again.nbytes
-            times.add(tensor, again.now.time - again.past.time, nbytes)
-            tokens.add(tensor, again.tokens, nbytes)
+        for batch, steps in ahead(pages.steps()):
+            reads.add(batch)
+            tensor, time, later, nbytes = steps.returned()
+            times.add(tensor, time, nbytes)
+            tokens.add(tensor, later, nbytes)
     else:
-        for seen in pages.rows(reads.look):
-            reads.add(seen)
+        for batch in pages.rows():
+            reads.add(batch)
     rows = [
         {"returned_bytes": times.total(at), "away_ns": times.points(at), "away_tokens": tokens.points(at)}
         for at in (None, *range(count))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from llmtraced.analysis.compiled import compiled
 
 __all__ = ["Spread"]
 
@@ -25,12 +27,11 @@ class Spread:
         self._weight = np.zeros((groups, _BINS), np.int64)
         self._least = np.full(groups, np.iinfo(np.int64).max)
 
-    def add(self, group: NDArray[Any], value: NDArray[np.int64], weight: NDArray[np.int64]) -> None:
+    def add(self, group: NDArray[np.int64], value: NDArray[np.int64], weight: NDArray[np.int64]) -> None:
         """Add ``weight`` times each ``value`` (negative ones count as 0) to its group."""
         value = np.clip(value, 0, (1 << 52) - 1)
         at = (value.astype(np.float64).view(np.int64) >> (52 - _BITS)) - (1023 << _BITS) + 1
-        np.add.at(self._weight.reshape(-1), group * _BINS + np.maximum(at, 0), weight)  # fast in one dimension only
-        np.minimum.at(self._least, group, value)
+        _add(group, value, np.maximum(at, 0), weight, self._weight, self._least)
 
     def total(self, group: int | None) -> int:
         """Return the weight in a group; None: in all of them."""
@@ -51,6 +52,20 @@ class Spread:
     def _weights(self, group: int | None) -> NDArray[np.int64]:
         weights: NDArray[np.int64] = self._weight.sum(0) if group is None else self._weight[group]
         return weights
+
+
+@compiled
+def _add(
+    group: NDArray[np.int64],
+    value: NDArray[np.int64],
+    at: NDArray[np.int64],
+    weight: NDArray[np.int64],
+    weights: NDArray[np.int64],
+    least: NDArray[np.int64],
+) -> None:
+    for i in range(group.size):
+        weights[group[i], at[i]] += weight[i]
+        least[group[i]] = min(least[group[i]], value[i])
 
 
 def _middle(at: int) -> int:

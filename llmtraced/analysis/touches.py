@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from llmtraced.analysis.columns import Batch, Bools, Ints, Words, batches
+from llmtraced.analysis.compiled import compiled
 from llmtraced.analysis.pages import BLOCK, Pages, Steps
 from llmtraced.analysis.trace import Trace, collect
 from llmtraced.schema import PAGE
@@ -63,7 +64,8 @@ class Evidence:
         if merged.any():
             chosen = np.where(merged & (expert >= 0), self._layer[tensor] * self._experts + expert, -1)
             used |= self._chosen.between(chosen, past, now)
-        yield steps.only(used), np.ones(int(np.count_nonzero(used)), bool), np.zeros(0, bool)
+        whole = steps.only(used)
+        yield whole, np.ones(whole.row.size, bool), np.zeros(whole.row.size, bool)
 
         time, block = self._faults.until(end)
         self._blocks.take(time, block)
@@ -80,49 +82,55 @@ class _Events:
 
     def __init__(self, batches: Iterator[_Ended]) -> None:
         self._batches = batches
-        self._held: list[tuple[Ints, Ints]] = []
+        self._held = np.empty(0, np.int64), np.empty(0, np.int64)
         self._began = -1
 
     def until(self, now: int) -> tuple[Ints, Ints]:
         """Return the end and key of what has ended since the last call and by ``now``, in no order."""
+        parts = [self._held]
         while self._began <= now:
             more = next(self._batches, None)
             if more is None:
                 break
             self._began = max(self._began, more[0])
-            self._held.append(more[1:])
-        done, held = [], []
-        for time, key in self._held:
-            ended = time <= now
-            some = int(np.count_nonzero(ended))
-            if some == time.size:
-                done.append((time, key))
-            elif some:
-                done.append((time[ended], key[ended]))
-                held.append((time[~ended], key[~ended]))
-            else:
-                held.append((time, key))
-        self._held = held
-        if len(done) == 1:
-            return done[0]
-        none = np.empty(0, np.int64)
-        time, key = (np.concatenate([none, *(one[i] for one in done)]) for i in (0, 1))
-        return time, key
+            parts.append(more[1:])
+        time, key = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+        ended, of, *held = _parted(time, key, now)
+        self._held = held[0], held[1]
+        return ended, of
+
+
+@compiled
+def _parted(time: Ints, key: Ints, now: int) -> tuple[Ints, Ints, Ints, Ints]:
+    """Return time and key of the events by ``now``, and then of the others."""
+    by, after = np.empty((2, time.size), np.int64), np.empty((2, time.size), np.int64)
+    count = others = 0
+    for i in range(time.size):
+        if time[i] <= now:
+            by[0, count], by[1, count] = time[i], key[i]
+            count += 1
+        else:
+            after[0, others], after[1, others] = time[i], key[i]
+            others += 1
+    rest = after[:, :others].copy()
+    return by[0, :count], by[1, :count], rest[0], rest[1]
 
 
 class _Last:
-    """When something happened last, for each of ``keys`` keys."""
+    """When something happened last, for each of ``keys`` keys, and when before that since the last call of ``take``."""
 
     def __init__(self, keys: int) -> None:
         self._time = np.full(keys + 1, -1, np.int64)  # the last one, which is also -1, is for what has no key
-        self._new: tuple[Ints, Ints] = (np.empty(0, np.int64), np.empty(0, np.int64))
-        self._before = self._time
+        self._newest = np.full(keys + 1, -1, np.int64)  # the event taken in last
+        none = np.empty(0, np.int64)
+        self._new: tuple[Ints, Ints] = none, none
+        self._links: tuple[Ints, Ints] = none, none
 
     def take(self, time: Ints, key: Ints) -> None:
         """Take in events, which are later than those taken in before."""
-        self._before = self._time.copy()
+        self._newest[self._new[1]] = -1
         self._new = time, key
-        np.maximum.at(self._time, key, time)
+        self._links = _linked(time, key, self._time, self._newest)
 
     def between(self, of: Ints, since: Ints, now: Ints) -> Bools:
         """Return whether there was an event of the key ``of`` (negative: none) between ``since`` and ``now``.
@@ -132,29 +140,36 @@ class _Last:
             since: before now.
             now: not before any event of an earlier call of :meth:`take`.
         """
-        last = self._time[of]
-        found: Bools = last >= since
-        late = np.flatnonzero(found & (last > now))  # the last event is too late, but one before it may do
-        if late.size:
-            found[late] = self._earlier(of[late], since[late], now[late])
-        return found
+        return _between(of, since, now, self._time, self._newest, self._new[0], *self._links)
 
-    def _earlier(self, of: Ints, since: Ints, now: Ints) -> Bools:
-        found: Bools = self._before[of] >= since
-        asked = np.zeros(self._time.size, bool)
-        asked[of[~found]] = True
-        some = np.flatnonzero(asked[self._new[1]])
-        time, key = self._new[0][some], self._new[1][some]
-        order = np.argsort(time, kind="stable")
-        time, key = time[order], key[order]
-        scale = time.size + 1
-        place = np.sort(key * scale + np.arange(1, scale))  # by key, and then by time
-        ended = np.searchsorted(time, now, "right")  # so many events by then
-        at = np.searchsorted(place, of * scale + ended, "right") - 1
-        event = place[np.maximum(at, 0)] if place.size else np.zeros(of.size, np.int64)
-        when = time[event % scale - 1] if time.size else event
-        found |= (at >= 0) & (event // scale == of) & (when >= since)
-        return found
+
+@compiled
+def _linked(time: Ints, key: Ints, last: Ints, newest: Ints) -> tuple[Ints, Ints]:
+    """Return, of each event, the one of its key before it (-1: none here), and the last time before both."""
+    link, before = np.empty(time.size, np.int64), np.empty(time.size, np.int64)
+    for i in range(time.size):
+        of = key[i]
+        link[i], before[i] = newest[of], last[of]
+        newest[of] = i
+        last[of] = max(last[of], time[i])
+    return link, before
+
+
+@compiled
+def _between(of: Ints, since: Ints, now: Ints, last: Ints, newest: Ints, time: Ints, link: Ints, before: Ints) -> Bools:
+    found = np.zeros(of.size, np.bool_)
+    for i in range(of.size):
+        key = of[i]
+        if key < 0 or last[key] < since[i]:
+            continue
+        if last[key] <= now[i]:
+            found[i] = True
+            continue
+        event, when = newest[key], last[key]  # the last one is too late, but one before it may do
+        while event >= 0 and not since[i] <= time[event] <= now[i]:
+            event, when = link[event], before[event]
+        found[i] = event >= 0 or when >= since[i]
+    return found
 
 
 def _faults(trace: Trace, pages: Pages) -> Iterator[_Ended]:

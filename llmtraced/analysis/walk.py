@@ -1,159 +1,122 @@
-"""Which pages were moved last by which row: a map of the page cache as stretches, changed by many rows at once.
-
-Pages are numbered (*slots*); a *row* moves all slots of a range at once. What a range had been through is found by
-its ends, so time goes with rows and the borders between them, and not with pages.
-"""
+"""Which row moved each page last: a map of the page cache, changed row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
-
 import numpy as np
 
-from llmtraced.analysis.columns import Bools, Ints
+from llmtraced.analysis.columns import Ints, Numbers
+from llmtraced.analysis.compiled import compiled
+from llmtraced.schema import PAGE
 
-__all__ = ["Moves", "Stretches"]
+__all__ = ["Walk"]
 
-_SMALL: Final = 64  # rows that are looked at at once, at least
-
-
-@dataclass(frozen=True, slots=True)
-class Moves:
-    """Stretches of slots that one row moved and one row had moved before, row by row.
-
-    Attributes:
-        low, high: int64, the first slot and the one after the last.
-        number: int64, what was put there.
-        past: int64, what was there before.
-        begins, ends: int64, which of the stretches are the first, and the last, of their row.
-    """
-
-    low: Ints
-    high: Ints
-    number: Ints
-    past: Ints
-    begins: Ints
-    ends: Ints
+_SHIFT = PAGE.bit_length() - 1
 
 
-class Stretches:
-    """A number for each slot, kept as the borders between slots with different numbers.
+class Walk:
+    """The number of the row that moved each page last, 0 before any did.
+
+    A page in which two tensors (or experts) meet moves once and is several rows, one a part, and each part has a number
+    of its own: that which begins with the page, or before it, the page's; each other one that of its first byte.
 
     Attributes:
-        low: int64, ascending: where each stretch begins; one more at the end: how many slots there are.
-        number: int64, of each stretch.
+        page: int32, of each page.
+        inside: int64, ascending: where parts begin inside of pages, bytes.
+        part: int32, of each of these.
     """
 
-    def __init__(self, slots: int) -> None:
-        self.low: Ints = np.array([0, slots], np.int64)
-        self.number: Ints = np.zeros(1, np.int64)
+    def __init__(self, pages: int) -> None:
+        self.page: Numbers = np.zeros(pages, np.int32)
+        self.inside: Ints = np.zeros(0, np.int64)
+        self.part: Numbers = np.zeros(0, np.int32)
 
-    def put(self, low: Ints, high: Ints, number: Ints, kind: Bools, chunk: int) -> Iterator[Moves]:
-        """Put each row's number on its slots, row by row; yield what was there, in no order.
+    def put(self, begin: Ints, end: Ints, first: int) -> tuple[Ints, Ints, Ints, Ints]:
+        """Put each row's number on its pages, row by row; return what was there, as stretches of one row each.
 
         Args:
-            low: int64, first slot of each row.
-            high: int64, the slot after the last; above ``low``.
-            number: int64, what the row puts there.
-            kind: rows of one kind seldom overlap each other without one of the other kind in between.
-            chunk: how many rows to look at at once. Those that overlap earlier ones wait for the next time.
+            begin: int64, the first byte of each row.
+            end: int64, the one after the last; above ``begin``.
+            first: the first row's number; the others follow.
+
+        Returns:
+            int64, the number of the row, the number that was there, and the stretch's first byte and the one after its
+            last; row by row, and from the row's first page to its last.
         """
-        waiting = np.zeros(0, np.int64)
-        done, most = 0, chunk
-        while done < low.size or waiting.size:
-            more = max(most - waiting.size, 0)
-            rows = np.append(waiting, np.arange(done, min(done + more, low.size)))
-            done = min(done + more, low.size)
-            bits = rows.size.bit_length()
-            key = low[rows]
-            key <<= bits
-            key |= np.arange(rows.size)
-            key.sort()
-            order = key & ((1 << bits) - 1)
-            key >>= bits
-            at = rows[order]
-            begin, end = key, high[at]
-            first = _first(begin, end, order, kind[at])
-            if first is None:
-                waiting = waiting[:0]
-            else:
-                late = np.ones(rows.size, bool)
-                late[order[first]] = False
-                waiting = rows[late]
-                begin, end, at = begin[first], end[first], at[first]
-            # Where little can be done at once there is no use in looking at much.
-            most = max(most // 2, _SMALL) if 2 * waiting.size > rows.size else min(2 * most, chunk)
-            yield self._apply(begin, end, number[at])
+        self._know(begin[begin & (PAGE - 1) != 0])
+        return _put(begin, end, first, self.page, self.inside, self.part)
 
-    def _apply(self, begin: Ints, end: Ints, number: Ints) -> Moves:
-        """Put rows that are sorted and have no slot in common."""
-        low, old = self.low, self.number
-        first_at = low.searchsorted(begin, "right") - 1
-        after = low.searchsorted(end, "left")
-        count = after - first_at
-        done = count.cumsum()
-        first = done - count
-        at = np.arange(int(done[-1])) + np.repeat(first_at - first, count)
-        start, stop, past = low[at], low[at + 1], old[at]
-        whole = start[first] == begin
-        inner = np.ones(at.size, bool)
-        inner[first] = whole
-        start[first] = begin
-        last = done - 1
-        tail = (stop[last] != end) & np.append(begin[1:] != end[:-1], True)
-        stop[last] = end
-        moves = Moves(start, stop, np.repeat(number, count), past, first, last)
+    def renumber(self) -> Ints:
+        """Number the rows that moved any page last anew, from 1 on in their order; return the numbers of before."""
+        used = np.zeros(int(max(self.page.max(initial=0), self.part.max(initial=0))) + 1, bool)
+        used[0] = True
+        used[self.page] = True
+        used[self.part] = True
+        number = (np.cumsum(used) - 1).astype(np.int32)
+        self.page, self.part = number[self.page], number[self.part]
+        return np.flatnonzero(used)
 
-        kept = np.ones(old.size, bool)
-        kept[at[inner]] = False
-        before = np.append(0, kept.cumsum())[first_at + ~whole]  # borders that stay, below each row
-        tails = tail.cumsum()
-        here = before + np.arange(begin.size) + tails - tail
-        size = int(before[-1] + kept[after[-1] :].sum()) + begin.size + int(tails[-1])
-        fresh = np.zeros(size, bool)
-        fresh[here] = True
-        there = here[tail] + 1
-        fresh[there] = True
-        stays = ~fresh
-        new_low = np.empty(size + 1, np.int64)
-        new_low[-1] = low[-1]
-        new_number = np.empty(size, np.int64)
-        new_low[:-1][stays] = low[:-1][kept]
-        new_number[stays] = old[kept]
-        new_low[here], new_number[here] = begin, number
-        new_low[there], new_number[there] = end[tail], past[last][tail]
-        self.low, self.number = new_low, new_number
-        return moves
+    def stretches(self) -> tuple[Ints, Ints, Ints]:
+        """Return all pages, and then the parts inside of them, by stretches of the same number.
+
+        Returns:
+            int64, the number, and the stretch's first byte and the one after its last page.
+        """
+        starts = np.flatnonzero(np.append(True, self.page[1:] != self.page[:-1])[: self.page.size])
+        begin = np.append(starts << _SHIFT, self.inside)
+        end = np.append(np.append(starts[1:], self.page.size) << _SHIFT, ((self.inside >> _SHIFT) + 1) << _SHIFT)
+        return np.append(self.page[starts], self.part).astype(np.int64), begin, end[: begin.size]
+
+    def _know(self, inside: Ints) -> None:
+        """Take in where parts begin inside of pages."""
+        if self.inside.size:
+            at = np.minimum(np.searchsorted(self.inside, inside), self.inside.size - 1)
+            inside = inside[self.inside[at] != inside]
+        if not inside.size:
+            return
+        known = np.unique(np.append(self.inside, inside))
+        part = np.zeros(known.size, np.int32)
+        part[np.searchsorted(known, self.inside)] = self.part
+        self.inside, self.part = known, part
 
 
-def _first(begin: Ints, end: Ints, order: Ints, kind: Bools) -> Ints | None:
-    """Return positions of rows that have no slot in common, and none with an earlier row; None: that is all of them.
-
-    Rows that hang together by overlaps are a *heap*. Of each, those that came before the kind first changed are taken,
-    and where they overlap, only the very first.
-
-    Args:
-        begin: where each row begins, ascending.
-        end: where it ends.
-        order: when it came.
-        kind: of the row.
-    """
-    if not (begin[1:] < end[:-1]).any():
-        return None
-    reach = np.maximum.accumulate(end)
-    apart = np.append(True, begin[1:] >= reach[:-1])
-    starts = np.flatnonzero(apart)
-    never = order.size
-    ones = np.minimum.reduceat(np.where(kind, order, never), starts)
-    others = np.minimum.reduceat(np.where(kind, never, order), starts)
-    heap = np.cumsum(apart) - 1
-    first = np.flatnonzero(order < np.maximum(ones, others)[heap])
-    wrong = np.flatnonzero(begin[first[1:]] < end[first[:-1]])
-    if wrong.size:
-        bad = np.zeros(starts.size, bool)
-        bad[heap[first[wrong]]] = True
-        of = heap[first]
-        first = first[~bad[of] | (order[first] == np.minimum(ones, others)[of])]
-    return first
+@compiled
+def _put(
+    begin: Ints, end: Ints, first: int, page: Numbers, inside: Ints, part: Numbers
+) -> tuple[Ints, Ints, Ints, Ints]:
+    room = 4 * begin.size + 64
+    found = np.empty((4, room), np.int64)
+    count = 0
+    for i in range(begin.size):
+        number = np.int32(first + i)
+        at, stop = begin[i], end[i]
+        here, last = at >> _SHIFT, (stop - 1) >> _SHIFT
+        if count + last - here + 1 > room:
+            room = 2 * room + last - here
+            more = np.empty((4, room), np.int64)
+            more[:, :count] = found[:, :count]
+            found = more
+        if at & (PAGE - 1):
+            place = np.searchsorted(inside, at)
+            past = part[place]
+            part[place] = number
+        else:
+            past = page[here]
+            page[here] = number
+        others = page[here + 1 : last + 1]
+        different = 0
+        for j in range(others.size):  # mostly none; several pages a cycle
+            different += others[j] != past
+        if different:
+            for j in range(others.size):
+                was = others[j]
+                if was != past:
+                    border = (here + 1 + j) << _SHIFT
+                    found[0, count], found[1, count] = number, past
+                    found[2, count], found[3, count] = at, border
+                    count += 1
+                    at, past = border, was
+        others[:] = number
+        found[0, count], found[1, count] = number, past
+        found[2, count], found[3, count] = at, stop
+        count += 1
+    return found[0, :count], found[1, :count], found[2, :count], found[3, :count]

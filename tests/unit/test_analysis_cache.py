@@ -364,7 +364,7 @@ def test_the_reports_agree_with_a_page_by_page_account(
                 written.append(columns | {"timestamp": time, "action": action, "phase": row_phase, "token": token})
     faults, ops = sorted(faults), sorted(ops)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages, "_CHUNK", chunk)
+        patch.setattr(pages, "_KEPT", chunk)
         patch.setattr(batched, "_ROWS", 1 if chunk == 1 else 1 << 18)
         trace = Builder(Path(folder))
         trace.tensor(("t", 0, T), ("u", T, U - T))
