@@ -28,7 +28,8 @@ def summary(trace: Trace, phase: str | None = None, top: int = 10) -> dict[str, 
         top: how many tensors to name by bytes read, and by stall.
     """
     reads = reread(trace, phase, follow=False)
-    graphs = per_token(trace, phase)
+    moved = _moved(trace, phase)
+    graphs = per_token(trace, phase, moved.filter(pl.col("action") == "add"))
     tensors = reads["tensors"]
     return {
         "trace": str(trace.path),
@@ -44,7 +45,7 @@ def summary(trace: Trace, phase: str | None = None, top: int = 10) -> dict[str, 
         "phase": phase,
         "phases": [_pace(name, graphs) for name in PHASES if name in graphs["phase"]],
         "faults": _faults(trace, phase),
-        **_pagecache(trace, phase),
+        **_pagecache(moved),
         "reread": {key: reads[key] for key in ("total_bytes_read", "unique_bytes", "reread_bytes", "amplification")},
         "top_by_bytes_read": [tensor for tensor in tensors if tensor["bytes_read"]][:top],
         "top_by_stall": sorted((t for t in tensors if t["stall_ns"]), key=lambda t: -t["stall_ns"])[:top],
@@ -88,14 +89,18 @@ def _faults(trace: Trace, phase: str | None) -> dict[str, int]:
     )
 
 
-def _pagecache(trace: Trace, phase: str | None) -> dict[str, Any]:
-    """Return bytes in by cause, bytes in by process name, and bytes out."""
-    moved = collect(
+def _moved(trace: Trace, phase: str | None) -> pl.DataFrame:
+    """Return the ``bytes`` that moved by ``token``, ``action``, ``cause`` and ``comm``."""
+    return collect(
         trace.table("pagecache", phase)
-        .group_by("action", "cause", "comm")
+        .group_by("token", "action", "cause", "comm")
         .agg(pl.col("bytes").sum())
         .with_columns(pl.col("action", "cause", "comm").cast(pl.String))
     )
+
+
+def _pagecache(moved: pl.DataFrame) -> dict[str, Any]:
+    """Return bytes in by cause, bytes in by process name, and bytes out."""
     added = moved.filter(pl.col("action") == "add")
     evicted = moved.filter(pl.col("action") == "evict")
     return {

@@ -19,15 +19,20 @@ SPREAD: Final = ("duration_ns", "stall_ns", "bytes_read", "major_faults", "minor
 """The columns that percentiles are given for."""
 
 
-def per_token(trace: Trace, phase: str | None = None) -> pl.DataFrame:
+def per_token(trace: Trace, phase: str | None = None, added: pl.DataFrame | None = None) -> pl.DataFrame:
     """Return one row a token (a graph evaluation), in order; token 0, the time before the first graph, is left out.
 
     Columns: ``token``, ``phase``, ``start_ns``, ``duration_ns`` (null: its end was not seen), ``n_tokens``,
     ``n_outputs``, ``stall_ns``, ``stall_share`` (of the duration, 0 to 1), ``fault_ns``, ``bytes_read``, one of
     :data:`CAUSE_BYTES` each, ``major_faults``, ``minor_faults``, ``graph_nodes``. ``bytes_read`` is the sum over the
     causes; in a trace without page-cache rows it is what the recorder counted, and the causes are 0.
+
+    Args:
+        trace: an open trace.
+        phase: only tokens of this phase.
+        added: what came in, if that is known: ``token``, ``cause`` and ``bytes`` (:func:`_added`).
     """
-    by_cause = collect(_adds(trace, phase).group_by("token").agg(_by_cause()))
+    by_cause = (_added(trace, phase) if added is None else added).group_by("token").agg(_by_cause())
     read = pl.sum_horizontal(CAUSE_BYTES) if trace.rows["pagecache"] else pl.col("bytes_read").fill_null(0)
     duration = pl.col("end_ns") - pl.col("start_ns")
     return (
@@ -57,8 +62,11 @@ def tokens(trace: Trace, phase: str | None = None, wait_ns: int = WAIT_NS) -> di
     graphs. ``tokens_per_second`` counts the time inside graphs, not idle time, sampling or the network. A minor fault
     of ``wait_ns`` or longer is taken to have waited for a read.
     """
-    rows = per_token(trace, phase).join(stalls(trace, phase, wait_ns), on="token", how="left", maintain_order="left")
-    read = collect(_adds(trace, phase).select(pl.col("bytes").sum())).item()
+    added = _added(trace, phase)
+    rows = per_token(trace, phase, added).join(
+        stalls(trace, phase, wait_ns), on="token", how="left", maintain_order="left"
+    )
+    read = int(added["bytes"].sum())
     in_tokens = rows.select(pl.sum_horizontal(CAUSE_BYTES).sum()).item()
     return {
         "session": trace.session,
@@ -66,7 +74,7 @@ def tokens(trace: Trace, phase: str | None = None, wait_ns: int = WAIT_NS) -> di
         "phase": phase,
         "wait_threshold_ns": wait_ns,
         "phases": [pace(name, rows.filter(pl.col("phase") == name)) for name in PHASES if name in rows["phase"]],
-        "outside_bytes_read": int(read - in_tokens),
+        "outside_bytes_read": read - int(in_tokens),
         "tokens": rows.to_dicts(),
         "account": trace.account,
         "verdict": verdict(trace.account),
@@ -113,8 +121,10 @@ def _percentiles(values: pl.Series) -> dict[str, float | None]:
     return {name: None if value is None else float(value) for name, value in points.items()}
 
 
-def _adds(trace: Trace, phase: str | None) -> pl.LazyFrame:
-    return trace.table("pagecache", phase).filter(pl.col("action") == "add")
+def _added(trace: Trace, phase: str | None) -> pl.DataFrame:
+    """Return the bytes that came in by ``token`` and ``cause``."""
+    adds = trace.table("pagecache", phase).filter(pl.col("action") == "add")
+    return collect(adds.group_by("token", "cause").agg(pl.col("bytes").sum()))
 
 
 def _by_cause() -> list[pl.Expr]:
