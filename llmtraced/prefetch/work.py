@@ -16,7 +16,6 @@ from llmtraced.prefetch.readers import Threads, Uring
 __all__ = ["Work", "calibrate"]
 
 _SAMPLE = 24  # chunks that ways of reading are tried with
-_TRIES = 8  # of them that are tried as huge pages
 _ROUNDS = 3
 
 
@@ -245,8 +244,9 @@ class Work:
 def calibrate(pages: list[Pages], chunks: list[Chunk], depth: int) -> tuple[str, dict[str, dict[str, float]]]:
     """Return the way of reading to take on this disk and kernel, and what was measured of others.
 
-    Where chunks come as huge pages that is the way: nothing else is near it (docs/prefetching.md). It is tried and not
-    timed, since the server is short of memory just now, and what a read costs then is mostly what it drives out.
+    Where one chunk comes as a huge page that is the way: nothing else is near it (docs/prefetching.md). It is tried and
+    not timed, since the server is short of memory just now, and what a read costs then is mostly what it drives out.
+    For the same reason others may come in pieces: the kernel does not try hard to find 2 MiB.
     Otherwise two ways are timed on some chunks, in turns: bytes_per_s, cpu_s_per_gb.
     """
     sample = chunks[:: max(len(chunks) // _SAMPLE, 1)][:_SAMPLE]
@@ -254,11 +254,10 @@ def calibrate(pages: list[Pages], chunks: list[Chunk], depth: int) -> tuple[str,
         with contextlib.suppress(ProcessLookupError):
             pages[chunk.file].give_back(chunk.number)
         pages[chunk.file].drop(chunk.number)
-    full = [c for c in sample if c.nbytes == CHUNK]
-    huge = [pages[c.file].comes_huge(c.number) for c in full[:_TRIES]]
+    huge = any(pages[c.file].comes_huge(c.number) for c in sample if c.nbytes == CHUNK)
     for chunk in sample:
         pages[chunk.file].drop(chunk.number)
-    if sum(huge) * 2 > len(huge):
+    if huge:
         return "huge", {}
     taken = {path: [0.0, 0.0, 0.0] for path in ("readahead", "fadvise")}
     for number in range(_ROUNDS):

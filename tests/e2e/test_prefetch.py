@@ -170,11 +170,14 @@ def start(llama_server: Path, another: Path) -> Callable[..., Any]:
     """Return what starts a server in a memory cgroup of some limit."""
 
     @contextlib.contextmanager
-    def starter(limit: int | None, name: str, model: Path = another) -> Iterator[tuple[Server, MemoryCgroup]]:
-        need(drop_cache(model) == 0, f"{model.parent} has no page cache that can be dropped (tmpfs?)", "e2e")
+    def starter(
+        limit: int | None, name: str, model: Path = another, ctx: int = 256, extra: tuple[str, ...] = ()
+    ) -> Iterator[tuple[Server, MemoryCgroup]]:
+        dropped = [drop_cache(file) for file in sorted(model.parent.glob("*.gguf"))]
+        need(not sum(dropped), f"{model.parent} has no page cache that can be dropped (tmpfs?)", "e2e")
         with (
             MemoryCgroup(f"llmtraced-prefetch-{name}{os.getpid()}", limit) as group,
-            Server(model, binary=llama_server, ctx=256, extra=("--no-repack",), cgroup=group) as server,
+            Server(model, binary=llama_server, ctx=ctx, extra=("--no-repack", *extra), cgroup=group) as server,
         ):
             yield server, group
             assert group.stat().get("oom_kill", 0) == 0
@@ -390,6 +393,57 @@ def test_it_follows_the_limit(start: Callable[..., Any], tmp_path: Path) -> None
                 )
                 assert group.usage() <= LIMIT
             sidecar.end()
+        let_go(group)
+
+
+def test_slots_prompts_shifted_contexts_and_idle_times(start: Callable[..., Any], tmp_path: Path) -> None:
+    slots = ("--parallel", "2", "--context-shift")
+    with start(LIMIT + 16 * MIB, "slots-", ctx=512, extra=slots) as (server, group):
+        expected = server.completion(PROMPT, TOKENS)["content"]
+        with Sidecar(server.pid, tmp_path, "--trial", "0") as sidecar:
+            with asking(server, expected):
+                wait_until(sidecar.settled, 60, "the sidecar is engaged")
+            before, tokens = read_bytes(server.pid), sidecar.metrics()["tokens_total"]
+            lengths: list[int] = []
+
+            def ask(prompt: list[int], count: int) -> None:
+                lengths.append(server.completion(prompt, count)["tokens_predicted"])
+
+            # Each slot has 256 tokens of context: the first runs over it while the second begins with a long prompt.
+            clients = [threading.Thread(target=ask, args=(PROMPT, 270))]
+            clients += [threading.Thread(target=ask, args=([20 + i % 90 for i in range(150)], 40)) for _ in range(2)]
+            for client in clients:
+                client.start()
+                time.sleep(0.5)
+            for client in clients:
+                client.join()
+            assert sorted(lengths) == [40, 40, 270]
+            time.sleep(3)
+            assert server.completion(PROMPT, TOKENS)["content"] == expected
+            time.sleep(1.2)
+            graphs = sidecar.metrics()["tokens_total"] - tokens
+            assert graphs >= 270
+            assert (read_bytes(server.pid) - before) / graphs < SIZE / 10
+            summary = sidecar.end()
+        assert summary["state"] == "engaged"
+        assert summary["ticks_lost"] == 0
+        assert summary["recall"] > 0.9
+        let_go(group)
+
+
+def test_a_split_model(start: Callable[..., Any], tmp_path: Path) -> None:
+    shape = models.dense_preset(SIZE)
+    first = models.write(tmp_path / "split.gguf", shape, split_max_tensors=len(models.tensor_plan(shape)) // 3 + 1)
+    assert len(list(tmp_path.glob("split-*.gguf"))) == 3
+    with start(LIMIT, "split-", model=first) as (server, group):
+        expected = server.completion(PROMPT, TOKENS)["content"]
+        unaided = read_per_token(server, expected)
+        with Sidecar(server.pid, tmp_path / "sidecar") as sidecar:
+            with asking(server, expected):
+                wait_until(sidecar.settled, 60, "the sidecar is engaged")
+            assert read_per_token(server, expected) < unaided / 3
+            summary = sidecar.end()
+        assert summary["model_bytes"] > 0.9 * SIZE
         let_go(group)
 
 
