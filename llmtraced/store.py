@@ -32,6 +32,10 @@ ROW_GROUP: Final = 128 * 1024
 _SPLIT: Final = {"address", "offset_bytes", "latency_ns", "bytes", "duration_ns", "data_ptr", "bytes_accessed"}
 _FEW: Final = {"thread", "pid"}
 
+# Columns whose least and greatest value the footer tells: times to find rows by, and what is mostly the same in a whole
+# file, which then need not be read.
+_TOLD: Final = {"timestamp", "token", "start_ns", "phase", "model", "shard"}
+
 # A row group is one page: compressors find more in 1 MB than in the 160 KB of pyarrow's 20,000 rows.
 _ONE_PAGE: Final[Mapping[str, int]] = {"data_page_size": 2 * ROW_GROUP * 8} | (
     {"max_rows_per_page": ROW_GROUP} if "max_rows_per_page" in signature(pq.ParquetWriter.__init__).parameters else {}
@@ -105,7 +109,7 @@ class TraceWriter:
                 compression_level=_LEVEL,
                 use_dictionary=_dictionaries(schema),
                 column_encoding=_encodings(schema),
-                write_statistics=[n for n in schema.names if n in ("timestamp", "token", "start_ns")],
+                write_statistics=[name for name in schema.names if name in _TOLD],
                 store_schema=True,
                 **_ONE_PAGE,
             ) as writer:

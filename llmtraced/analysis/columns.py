@@ -7,7 +7,7 @@ small numbers that mean the same in all files.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from threading import Lock
@@ -130,11 +130,34 @@ def _read(some: Sequence[tuple[Stored, list[int]]], columns: Mapping[str, Words 
     parts: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in columns}
     for stored, groups in some:
         with pq.ParquetFile(stored.path) as file:
-            table = file.read_row_groups(groups, columns=list(columns), use_threads=False)
+            same = _same(file.metadata, groups, columns)
+            read = [name for name in columns if name not in same]
+            table = file.read_row_groups(groups, columns=read, use_threads=False)
+            types = file.schema_arrow
         for name, known in columns.items():
-            for chunk in table.column(name).chunks:
-                parts[name].append(_array(chunk, known))
+            if name in same:
+                one = _array(pa.array([same[name]], types.field(name).type), known)
+                parts[name].append(np.broadcast_to(one, sum(stored.groups[group] for group in groups)))
+            else:
+                parts[name] += [_array(chunk, known) for chunk in table.column(name).chunks]
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def _same(footer: pq.FileMetaData, groups: Sequence[int], columns: Collection[str]) -> dict[str, Any]:
+    """Return the columns that have one value in all of these rows, and that value, as far as the footer tells.
+
+    So they need not be read: most files are of one model and phase.
+    """
+    found: dict[str, Any] = {}
+    parts = [footer.row_group(group) for group in groups]
+    for at in range(parts[0].num_columns):
+        name = parts[0].column(at).path_in_schema
+        told = [part.column(at).statistics for part in parts] if name in columns else [None]
+        if all(one is not None and one.has_min_max and one.null_count == 0 for one in told):
+            values = {value for one in told for value in (one.min, one.max)}
+            if len(values) == 1:
+                found[name] = values.pop()
+    return found
 
 
 def _array(chunk: pa.Array, known: Words | int) -> np.ndarray[Any, Any]:
