@@ -23,7 +23,8 @@ from llmtraced.schema import PAGE
 __all__ = ["Evidence"]
 
 _HUGE: Final = 32  # blocks in 2 MiB, the largest folio that one fault maps
-_ROWS: Final = 4_000_000
+_ROWS: Final = 500_000
+_PART: Final = 1 << 16
 _OWNER: Final = ("model", "tensor_name")
 
 _Ended = tuple[int, Ints, Ints]
@@ -211,7 +212,7 @@ def _ended(began: Ints, lasted: Ints, key: Ints, keys: int) -> _Ended:
 
 def _choices(trace: Trace, pages: Pages, experts: int, layers: int) -> Iterator[_Ended]:
     """Yield the experts chosen; the key is layer x experts + expert. A choice ends when the next layer chooses."""
-    for piece in trace.slices("routing", rows=_ROWS // 8):
+    for piece in trace.slices("routing", rows=_ROWS):
         frame = collect(piece.select("layer", began=pl.col("timestamp") - pages.start_ns, key="experts"))
         times = frame["began"].unique().sort().to_numpy()
         after = np.append(times[1:], times[-1:])[np.searchsorted(times, frame["began"].to_numpy())]
@@ -222,5 +223,7 @@ def _choices(trace: Trace, pages: Pages, experts: int, layers: int) -> Iterator[
             .filter(pl.col("key").is_between(0, experts - 1))
             .select("began", "ended", key=pl.col("layer").cast(pl.Int64) * experts + pl.col("key"))
         )
-        began, ended, key = (rows[name].to_numpy() for name in rows.columns)
-        yield _ended(began, ended - began, key, layers * experts)
+        rows = rows.sort("began", maintain_order=True)
+        for start in range(0, rows.height, _PART):  # what has not ended is looked at again and again: few at a time
+            began, ended, key = (rows[name][start : start + _PART].to_numpy() for name in rows.columns)
+            yield _ended(began, ended - began, key, layers * experts)
