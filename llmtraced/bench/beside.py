@@ -16,8 +16,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -36,6 +38,7 @@ __all__ = [
     "READ_BYTES",
     "READ_THREADS",
     "Locked",
+    "Reading",
     "Seen",
     "Settling",
     "Sidecar",
@@ -43,6 +46,7 @@ __all__ = [
     "bytes_to_lock",
     "disk_bytes_per_s",
     "parse_metrics",
+    "sample_of",
 ]
 
 log = logging.getLogger(__name__)
@@ -65,39 +69,77 @@ _PR_SET_PDEATHSIG: Final = 1
 # --- the disk
 
 
-def disk_bytes_per_s(path: Path, seconds: float = _DISK_SECONDS) -> float:
-    """Return the best rate at which the disk gives the file's bytes, READ_THREADS reads of READ_BYTES at a time.
+class Reading:
+    """Reads a file, READ_THREADS reads of READ_BYTES at a time, until its ``with`` block ends.
 
-    The same quarter of a gigabyte, spread evenly over the file, is read again and again, as each token does: past the
-    page cache (O_DIRECT), and into it by the sidecar's own way, pages dropped before. Either may be the faster one. A
-    file that is shorter than one read gives 0. Nobody may have the file mapped.
+    The same quarter of a gigabyte, spread evenly over the file, is read again and again, as each token does. Nobody may
+    have the file mapped: what is mapped cannot be dropped.
+
+    Args:
+        path: of the file, at least READ_BYTES long.
+        direct: past the page cache (O_DIRECT); otherwise into it in the sidecar's own way, pages dropped before.
+
+    Raises:
+        OSError: it cannot be read that way.
+    """
+
+    def __init__(self, path: Path, *, direct: bool = False) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+        chunks = os.fstat(self._fd).st_size // READ_BYTES
+        self._sample = range(0, chunks, max(chunks * READ_BYTES // _DISK_SAMPLE, 1))
+        self._pages = None if direct else Pages(self._fd, -1, [])
+        self._numbers = count()
+        self._over = threading.Event()
+        self._pool = ThreadPoolExecutor(READ_THREADS)
+
+    def __enter__(self) -> Self:
+        self._start, self._bytes = time.monotonic(), [0] * READ_THREADS
+        self._futures = [self._pool.submit(self._work, number) for number in range(READ_THREADS)]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._over.set()
+        self._pool.shutdown()
+        if self._pages is not None:
+            self._pages.close()
+        os.close(self._fd)
+        if kind is None:
+            for future in self._futures:
+                future.result()
+
+    def _work(self, number: int) -> None:
+        with mmap.mmap(-1, READ_BYTES) as buffer:  # O_DIRECT wants aligned memory
+            while not self._over.is_set():
+                at = self._sample[next(self._numbers) % len(self._sample)]
+                if self._pages is None:
+                    self._bytes[number] += os.preadv(self._fd, [buffer], at * READ_BYTES)
+                else:
+                    self._pages.drop(at)
+                    self._pages.read(at, "huge")
+                    self._bytes[number] += READ_BYTES
+
+    def so_far(self) -> tuple[float, int]:
+        """Return the seconds since it began, and the bytes that were read."""
+        return time.monotonic() - self._start, sum(self._bytes)
+
+
+def disk_bytes_per_s(path: Path, seconds: float = _DISK_SECONDS) -> float:
+    """Return the best rate at which the disk gives the file's bytes, past the page cache or into it (:class:`Reading`).
+
+    Either may be the faster one. A file that is shorter than one read gives 0.
 
     Raises:
         LlmtracedError: the file system has no O_DIRECT.
     """
-    chunks = path.stat().st_size // READ_BYTES
-    sample = range(0, chunks, max(chunks * READ_BYTES // _DISK_SAMPLE, 1))
-    if not sample:
+    if path.stat().st_size < READ_BYTES:
         return 0.0
+    rates = []
     try:
-        direct = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        try:
-            rates = [_rate(sample, seconds / 2, lambda at, buffer: os.preadv(direct, [buffer], at * READ_BYTES))]
-        finally:
-            os.close(direct)
-        buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        pages = Pages(buffered, -1, [])
-        try:
-
-            def read(at: int, _: mmap.mmap) -> int:
-                pages.drop(at)
-                pages.read(at, "huge")
-                return READ_BYTES
-
-            rates.append(_rate(sample, seconds / 2, read))
-        finally:
-            pages.close()
-            os.close(buffered)
+        for direct in (True, False):
+            with Reading(path, direct=direct) as reading:
+                time.sleep(seconds / 2)
+                passed, nbytes = reading.so_far()
+            rates.append(nbytes / passed)
     except OSError as error:
         raise LlmtracedError(
             f"the disk's rate cannot be measured: {printable(str(path))} cannot be read with O_DIRECT "
@@ -108,21 +150,33 @@ def disk_bytes_per_s(path: Path, seconds: float = _DISK_SECONDS) -> float:
     return max(rates)
 
 
-def _rate(sample: range, seconds: float, read: Callable[[int, mmap.mmap], int]) -> float:
-    """Return the bytes a second of reading the sample's pieces in turn for ``seconds``, READ_THREADS at a time."""
-    numbers = count()
-    start = time.monotonic()
+@contextlib.contextmanager
+def sample_of(path: Path) -> Iterator[Path]:
+    """Make a file beside another one, of its first quarter of a gigabyte; it is gone afterwards.
 
-    def work(_: int) -> int:
-        total = 0
-        with mmap.mmap(-1, READ_BYTES) as buffer:  # O_DIRECT wants aligned memory
-            while time.monotonic() - start < seconds:
-                total += read(sample[next(numbers) % len(sample)], buffer)
-        return total
-
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        total = sum(pool.map(work, range(READ_THREADS)))
-    return total / (time.monotonic() - start)
+    Raises:
+        LlmtracedError: it is too short to read, or the copy cannot be written.
+    """
+    if path.stat().st_size < READ_BYTES:
+        raise LlmtracedError(f"{printable(str(path))} is too small to measure a disk with", USAGE)
+    with contextlib.ExitStack() as stack:
+        try:
+            copy = stack.enter_context(
+                tempfile.NamedTemporaryFile(prefix=".llmtraced-", suffix=".sample", dir=path.parent)
+            )
+            with path.open("rb") as stream:
+                left = _DISK_SAMPLE
+                while left and (piece := stream.read(min(left, 1 << 20))):
+                    copy.write(piece)
+                    left -= len(piece)
+            copy.flush()
+            os.fsync(copy.fileno())  # pages that are not written yet cannot be dropped
+        except OSError as error:
+            raise LlmtracedError(
+                f"cannot write {_DISK_SAMPLE >> 20} MB beside {printable(str(path))}, to measure the disk with: "
+                f"{error.strerror}"
+            ) from error
+        yield Path(copy.name)
 
 
 # --- the sidecar

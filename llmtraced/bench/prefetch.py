@@ -18,7 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from llmtraced.bench.beside import READ_BYTES, READ_THREADS, Locked, Sidecar, Vmtouch, bytes_to_lock, disk_bytes_per_s
+from llmtraced.bench.beside import (
+    READ_BYTES,
+    READ_THREADS,
+    Locked,
+    Reading,
+    Sidecar,
+    Vmtouch,
+    bytes_to_lock,
+    disk_bytes_per_s,
+    sample_of,
+)
 from llmtraced.bench.engine import Server
 from llmtraced.bench.experiment import model_path
 from llmtraced.bench.figures import machine
@@ -74,6 +84,7 @@ class _Condition:
     limit: int
     own: int  # of the limit: the server's own memory
     pressure: str
+    sample: Path  # a file to read while the server computes
 
     @property
     def path(self) -> Path:
@@ -168,6 +179,24 @@ def _ask(server: Server, helper: int | None, group: MemoryCgroup, asked: _Asked)
     return {**found, "peak_bytes": _peak(group), "answer": digest}
 
 
+def _together(server: Server, asked: _Asked, sample: Path) -> dict[str, float]:
+    """Measure computing and reading at the same time: what they take from each other of processors and memory."""
+    with Reading(sample) as reading:
+        server.completion([5], _WARM_TOKENS)
+        start, before = reading.so_far()
+        milliseconds, timed, requests = 0.0, 0, 0
+        while requests == 0 or (milliseconds < _LEAST_SECONDS * 1e3 and requests < _MOST_REQUESTS):
+            answer = server.completion([5], asked.tokens)
+            milliseconds += answer["timings"]["predicted_ms"]
+            timed += answer["timings"]["predicted_n"] - 1
+            requests += 1
+        end, after = reading.so_far()
+    return {
+        "busy_ms_per_token": milliseconds / timed,
+        "busy_disk_bytes_per_s": (after - before) / (end - start),
+    }
+
+
 def _settle(server: Server, beside: Sidecar | Vmtouch) -> tuple[bool, float]:
     """Ask for tokens until what runs beside the server has settled, or it has taken too long."""
     start = time.monotonic()
@@ -210,6 +239,8 @@ def _measure(condition: _Condition, strategy: str, asked: _Asked, folder: Path) 
             beside = _beside(condition, strategy, server, group, folder)
             if beside is None:
                 found |= _ask(server, None, group, asked)
+                if strategy == FITS:
+                    found |= _together(server, asked, condition.sample)
             else:
                 try:
                     with beside:
@@ -280,9 +311,9 @@ def run(
     asked = _Asked(tokens, prompt_tokens, threads)
     names, skipped = _available(strategies)
     conditions = []
-    with tempfile.TemporaryDirectory(prefix="llmtraced-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="llmtraced-bench-") as name, sample_of(path) as sample:
         folder = Path(name)
-        own = _measure(_Condition(whole, 0, 0, pressure), FITS, asked, folder)["own_bytes"]
+        own = _measure(_Condition(whole, 0, 0, pressure, sample), FITS, asked, folder)["own_bytes"]
         log.info("the server's own memory: %.0f MB", own / 1e6)
         limits = [(level, limit_bytes(level, sum(s.size for s in whole.shards), own) or 0) for level in memory]
         if pressure == "lock":
@@ -291,7 +322,7 @@ def run(
         for kb in read_ahead_kb or (None,):
             with ReadAhead(path, kb) if kb is not None else contextlib.nullcontext():
                 for level, limit in limits:
-                    condition = _Condition(whole, limit, own, pressure)
+                    condition = _Condition(whole, limit, own, pressure, sample)
                     ahead = read_ahead_of(path)
                     conditions.append(
                         {"memory": level, "limit_bytes": limit, "own_bytes": own, "read_ahead_kb": ahead}

@@ -19,6 +19,7 @@ __all__ = [
     "share_of",
     "summed",
     "targets",
+    "together_ms",
 ]
 
 OFF: Final = "off"
@@ -50,6 +51,7 @@ _SPREAD: Final = (
     "charged_bytes",
     "peak_bytes",
     "bound_share",
+    "together_share",
     "prompt_ms",
     "prompt_server_bytes",
     "prompt_helper_bytes",
@@ -66,6 +68,22 @@ def bound_ms(compute_ms: float, bytes_per_token: float, fitting_bytes: float, by
         bytes_per_s: that the disk gives.
     """
     return max(compute_ms, max(bytes_per_token - fitting_bytes, 0.0) / bytes_per_s * 1e3)
+
+
+def together_ms(busy_ms: float, needed_bytes: float, busy_bytes_per_s: float, bytes_per_s: float) -> float:
+    """Return the least that a token can take where computing and reading slow each other down, ms.
+
+    While the server computes the disk gives less, and a token takes longer. What has not been read by then is read
+    while the server waits, at the disk's full rate.
+
+    Args:
+        busy_ms: of a token that is computed while the disk is read.
+        needed_bytes: that do not fit.
+        busy_bytes_per_s: that the disk gives meanwhile.
+        bytes_per_s: that it gives while nothing is computed.
+    """
+    left = max(needed_bytes - busy_ms / 1e3 * busy_bytes_per_s, 0.0)
+    return busy_ms + left / bytes_per_s * 1e3
 
 
 def share_of(memory: str) -> float | None:
@@ -101,7 +119,8 @@ def summed(
         fitting_bytes: memory for them.
 
     Returns:
-        ``compute_ms``, ``disk_bytes_per_s``, ``bound_ms`` (by round), ``answers`` (digests of what was answered; one,
+        ``compute_ms``, ``disk_bytes_per_s``, ``bound_ms`` (by round), ``busy_ms``, ``busy_disk_bytes_per_s``,
+        ``together_ms`` (by round; :func:`together_ms`), ``answers`` (digests of what was answered; one,
         if all were the same) and ``strategies``: each with spreads over the rounds (None: not measured), ``ratio`` and
         ``prompt_ratio`` to ``off`` (paired by round), ``failed`` (why, each once), ``rounds``, ``failed_rounds``.
     """
@@ -109,6 +128,10 @@ def summed(
     rounds = len(disk) - 1
     around = [(disk[i] + disk[i + 1]) / 2 for i in range(rounds)]
     bounds = [bound_ms(compute, bytes_per_token, fitting_bytes, rate) for rate in around]
+    busy_ms = median(one["busy_ms_per_token"] for one in runs[FITS])
+    busy_rate = median(one["busy_disk_bytes_per_s"] for one in runs[FITS])
+    needed = max(bytes_per_token - fitting_bytes, 0)
+    together = [together_ms(busy_ms, needed, min(busy_rate, rate), rate) for rate in around]
     off = [one for one in runs.get(OFF, ()) if "failed" not in one]
     strategies: dict[str, dict[str, Any]] = {}
     answers = set()
@@ -117,7 +140,8 @@ def summed(
         answers |= {one["answer"] for one in good}
         for one in good:
             one["stall_ms_per_token"] = max(one["ms_per_token"] - compute, 0.0)
-            one["bound_share"] = None if name == FITS else bounds[one["round"]] / one["ms_per_token"]
+            for key, values in (("bound_share", bounds), ("together_share", together)):
+                one[key] = None if name == FITS else values[one["round"]] / one["ms_per_token"]
         ratios, prompts = _paired(good, off, "tokens_per_s"), _paired(good, off, "prompt_ms")
         strategies[name] = {
             **{key: _spread([one[key] for one in good if one.get(key) is not None]) for key in _SPREAD},
@@ -131,6 +155,9 @@ def summed(
         "compute_ms": compute,
         "disk_bytes_per_s": spread(disk),
         "bound_ms": spread(bounds),
+        "busy_ms": busy_ms,
+        "busy_disk_bytes_per_s": busy_rate,
+        "together_ms": spread(together),
         "bytes_per_token": bytes_per_token,
         "fitting_bytes": fitting_bytes,
         "answers": sorted(answers),

@@ -54,7 +54,9 @@ def _condition(condition: Mapping[str, Any], style: Style) -> list[str]:
     about = (
         f"a token uses {size(condition['bytes_per_token'])}, {size(condition['fitting_bytes'])} fit; the disk gives "
         f"{size(disk['median'])}/s ({size(disk['min'])} to {size(disk['max'])}); bound "
-        f"{bound['median']:.0f} ms a token (computing alone: {condition['compute_ms']:.0f} ms)"
+        f"{bound['median']:.0f} ms a token (computing alone: {condition['compute_ms']:.0f} ms). Both at once: a token "
+        f"takes {condition['busy_ms']:.0f} ms while the disk gives {size(condition['busy_disk_bytes_per_s'])}/s; so "
+        f"{condition['together_ms']['median']:.0f} ms"
     )
     failed = [f"{name}: {printable(why)}" for name, found in condition["strategies"].items() for why in found["failed"]]
     unsettled = [
@@ -108,6 +110,7 @@ _COLUMNS: Final = (
     Column("min to max", _range, spare=True),
     Column(": off", _median("ratio", _times)),
     Column("of bound", _median("bound_share", _percent)),
+    Column("of both", _median("together_share", _percent), spare=True),
     Column("stall", _median("stall_ms_per_token", _ms), spare=True),
     Column("server reads", _median("server_bytes_per_token", size)),
     Column("helper reads", _median("helper_bytes_per_token", size)),

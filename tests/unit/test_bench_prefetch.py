@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
+import time
 
 import pytest
 
 from llmtraced.bench import beside, prefetch, show_prefetch
-from llmtraced.bench.beside import Seen, Settling, bytes_to_lock, disk_bytes_per_s, parse_metrics
+from llmtraced.bench.beside import (
+    Reading,
+    Seen,
+    Settling,
+    bytes_to_lock,
+    disk_bytes_per_s,
+    parse_metrics,
+    sample_of,
+)
 from llmtraced.bench.figures import machine
-from llmtraced.bench.prefetch_figures import bound_ms, share_of, summed, targets
+from llmtraced.bench.prefetch_figures import bound_ms, share_of, summed, targets, together_ms
 from llmtraced.commands import bench
 from llmtraced.errors import USAGE, LlmtracedError
 from llmtraced.prefetch.told import metrics_text
@@ -31,6 +41,8 @@ def measured(ms, number=0, prompt=1000.0, answer="a", **more):
         "prompt_server_bytes": 1.0,
         "prompt_helper_bytes": 1.0,
         "answer": answer,
+        "busy_ms_per_token": 60.0,
+        "busy_disk_bytes_per_s": 1e9,
         **more,
     }
 
@@ -104,6 +116,41 @@ def test_ratios_are_of_the_same_round():
     auto = [measured(100.0, 0), measured(100.0, 1), measured(100.0, 2)]
     found = summed({"fits": auto, "off": off, "auto": auto}, [1e9] * 4, bytes_per_token=10, fitting_bytes=0)
     assert found["strategies"]["auto"]["ratio"]["values"] == [10, 20]
+
+
+def test_what_is_read_while_computing_need_not_be_read_afterwards():
+    assert together_ms(60.0, 250e6, 1.5e9, 2e9) == pytest.approx(60 + (250 - 90) / 2)
+    assert together_ms(60.0, 50e6, 1.5e9, 2e9) == 60
+    found = condition()
+    assert (found["busy_ms"], found["busy_disk_bytes_per_s"]) == (60, 1e9)
+    assert found["together_ms"]["values"] == pytest.approx([60 + 190 / 2, 60 + 190 / 1.5], rel=1e-3)
+    assert found["strategies"]["auto"]["together_share"]["max"] == pytest.approx((60 + 190 / 1.5) / 140, rel=1e-3)
+    assert found["strategies"]["fits"]["together_share"] is None
+
+
+def test_a_sample_is_the_beginning_and_goes(tmp_path):
+    model = tmp_path / "model.gguf"
+    model.write_bytes(bytes(range(256)) * 20_000)
+    with sample_of(model) as sample:
+        assert sample.read_bytes() == model.read_bytes()
+        assert sample.parent == tmp_path
+    assert list(tmp_path.iterdir()) == [model]
+    model.write_bytes(b"short")
+    with pytest.raises(LlmtracedError, match="too small"), sample_of(model):
+        pass
+
+
+def test_what_fails_while_reading_is_told(tmp_path):
+    path = tmp_path / "cut"
+    path.write_bytes(bytes(4 << 20))
+
+    def read_on() -> None:
+        with Reading(path):
+            os.truncate(path, 0)
+            time.sleep(0.1)
+
+    with pytest.raises(OSError, match=r"."):
+        read_on()
 
 
 def test_another_answer_is_noticed():
