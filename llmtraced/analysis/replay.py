@@ -14,6 +14,8 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtraced.analysis.compiled import compiled
+
 __all__ = ["belady_hits", "by_frequency", "lfu_hits", "lru_hits", "pinned_hits", "previous_access", "stack_distances"]
 
 Ints: TypeAlias = NDArray[np.int64]
@@ -74,24 +76,33 @@ def lfu_hits(slices: Ints, n: int, size: int) -> int:
 
     Accesses are counted for what is not in the cache, too ("perfect LFU").
     """
-    sequence, total = slices.tolist(), len(slices)
-    resident, count, last = bytearray(n), [0] * n, [0] * n
-    order: list[int] = []  # a heap of count and time in one number; entries of earlier times are stale
+    return _lfu(slices, n, size)
+
+
+@compiled
+def _lfu(slices: Ints, n: int, size: int) -> int:
+    total = slices.size
+    resident, count, last = np.zeros(n, np.bool_), np.zeros(n, np.int64), np.zeros(n, np.int64)
+    order = [
+        np.int64(0) for _ in range(0)
+    ]  # a heap of count and time in one number; entries of earlier times are stale
     hits, free = 0, size
-    for now, slice_ in enumerate(sequence):
-        if resident[slice_]:
+    for now in range(total):
+        mine = slices[now]
+        if resident[mine]:
             hits += 1
         else:
             if free:
                 free -= 1
             else:
-                while last[victim := sequence[then := heappop(order) % total]] != then:
-                    pass
-                resident[victim] = 0
-            resident[slice_] = 1
-        count[slice_] += 1
-        last[slice_] = now
-        heappush(order, count[slice_] * total + now)
+                then = heappop(order) % total
+                while last[slices[then]] != then:
+                    then = heappop(order) % total
+                resident[slices[then]] = False
+            resident[mine] = True
+        count[mine] += 1
+        last[mine] = now
+        heappush(order, count[mine] * total + now)
     return hits
 
 
@@ -101,21 +112,27 @@ def belady_hits(slices: Ints, n: int, size: int) -> int:
     following = np.arange(total, 2 * total)  # never again: later than everything, and each its own number
     before = previous_access(slices)
     following[before[before >= 0]] = np.flatnonzero(before >= 0)
-    sequence = slices.tolist()
-    owner = sequence * 2  # whose next use a number is
-    resident = bytearray(n)
-    furthest: list[int] = []  # a heap of -next use; stale entries lie in the past, so never on top
+    return _belady(slices, following, n, size)
+
+
+@compiled
+def _belady(slices: Ints, following: Ints, n: int, size: int) -> int:
+    total = slices.size  # a next use from here on: never, by the access that was the last
+    resident = np.zeros(n, np.bool_)
+    furthest = [np.int64(0) for _ in range(0)]  # a heap of -next use; stale entries lie in the past, so never on top
     hits, free = 0, size
-    for slice_, use in zip(sequence, following.tolist(), strict=True):
-        if resident[slice_]:
+    for now in range(total):
+        mine = slices[now]
+        if resident[mine]:
             hits += 1
         else:
             if free:
                 free -= 1
             else:
-                resident[owner[-heappop(furthest)]] = 0
-            resident[slice_] = 1
-        heappush(furthest, -use)
+                use = -heappop(furthest)
+                resident[slices[use - total if use >= total else use]] = False
+            resident[mine] = True
+        heappush(furthest, -following[now])
     return hits
 
 
