@@ -12,6 +12,7 @@ import polars as pl
 
 from llmtraced.analysis.columns import Bools, Ints, ahead
 from llmtraced.analysis.compiled import compiled
+from llmtraced.analysis.moved import Moved
 from llmtraced.analysis.pages import CLOCK, Pages, Rows, Steps
 from llmtraced.analysis.touches import Evidence
 from llmtraced.analysis.trace import Trace, collect, verdict
@@ -39,18 +40,14 @@ def cache(trace: Trace, phase: str | None = None) -> dict[str, Any]:
     the cache is told of the time from the phase's first row to its last.
     """
     span = _span(trace, phase)
-    pages = Pages(trace, phase)
-    tally = _Tally(trace, pages, span)
+    pages = Pages(trace, phase, processes=True)
+    tally, sums = _Tally(trace, pages, span), Moved(pages)
     for rows, steps in ahead(pages.steps()):
+        sums.add(rows)
         tally.add(rows)
         tally.take(steps)
     tally.finish(pages.resident())
-    moved = collect(
-        trace.table("pagecache", phase)
-        .group_by("action", "cause", "comm", "phase")
-        .agg(pl.col("bytes").sum())
-        .with_columns(pl.col("action", "cause", "comm", "phase").cast(pl.String))
-    )
+    moved = sums.by_process()
     tensors = tally.tensors()
     resident = tally.resident.sum(0)
     return {

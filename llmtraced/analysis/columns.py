@@ -15,11 +15,12 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmtraced.analysis.trace import Stored, Trace, damaged
 
-__all__ = ["Batch", "Bools", "Ints", "Numbers", "Words", "ahead", "batches"]
+__all__ = ["Batch", "Bools", "Ints", "Numbers", "Words", "ahead", "batches", "grown"]
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Numbers = np.ndarray[Any, np.dtype[np.int32]]
@@ -45,23 +46,29 @@ class Words:
         self.list: list[str | None] = list(known)
         self._number: dict[str | None, int] = {word: number for number, word in enumerate(known)}
         self._lock = Lock()
+        self._known: pa.Array | None = None  # the list
         self._last: tuple[pa.Array, Ints] | None = None
 
     def numbers(self, column: pa.DictionaryArray) -> Ints:
         """Return the numbers of a dictionary column's words, which may be new ones."""
         words, codes, last = column.dictionary, column.indices, self._last
         if last is None or not last[0].equals(words):
-            with self._lock:
-                found = []
-                for word in (*words.to_pylist(), None):  # null comes last, where -1 points to
-                    number = self._number.setdefault(word, len(self.list))
-                    if number == len(self.list):
-                        self.list.append(word)
-                    found.append(number)
-            last = self._last = words, np.array(found, np.int64)
+            last = self._last = words, self._found(words)
         places = codes.fill_null(-1) if codes.null_count else codes
         numbers: Ints = last[1][places.to_numpy()]
         return numbers
+
+    def _found(self, words: pa.Array) -> Ints:
+        """Return the numbers of the words, and then that of null, where -1 points to."""
+        at = pc.index_in(words, self._known) if self._known is not None else None
+        if at is None or at.null_count:  # new ones
+            with self._lock:
+                for word in (*words.to_pylist(), None):
+                    if self._number.setdefault(word, len(self.list)) == len(self.list):
+                        self.list.append(word)
+                self._known = pa.array(self.list, words.type)
+                at = pc.index_in(words, self._known)
+        return np.append(at.to_numpy(), self._number[None]).astype(np.int64)
 
 
 def batches(
@@ -95,6 +102,15 @@ def batches(
         finally:
             for one in coming:
                 one.cancel()
+
+
+def grown(array: Ints, room: tuple[int, ...]) -> Ints:
+    """Return the array with zeros added at the end of each dimension, or itself if it has that shape."""
+    if array.shape == room:
+        return array
+    larger = np.zeros(room, np.int64)
+    larger[tuple(slice(size) for size in array.shape)] = array
+    return larger
 
 
 def ahead(items: Iterator[_Made]) -> Iterator[_Made]:
@@ -154,7 +170,7 @@ def _same(footer: pq.FileMetaData, groups: Sequence[int], columns: Collection[st
         name = parts[0].column(at).path_in_schema
         told = [part.column(at).statistics for part in parts] if name in columns else [None]
         if all(one is not None and one.has_min_max and one.null_count == 0 for one in told):
-            values = {value for one in told for value in (one.min, one.max)}
+            values = {value for one in told if one is not None for value in (one.min, one.max)}
             if len(values) == 1:
                 found[name] = values.pop()
     return found

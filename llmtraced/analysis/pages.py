@@ -78,7 +78,8 @@ class Marks:
 class Rows:
     """Rows of the page cache by number; number 0 is that nothing happened yet.
 
-    ``tensor`` is the row of :attr:`Pages.tensors`; ``begin`` and ``end`` are bytes, counted over all files.
+    ``tensor`` is the row of :attr:`Pages.tensors`; ``begin`` and ``end`` are bytes, counted over all files. ``who`` is
+    the number of its comm (0 unless asked for), of its phase, and of its cause, the latter in 8 bits each.
     """
 
     mark: Ints
@@ -87,6 +88,7 @@ class Rows:
     expert: Ints
     begin: Ints
     end: Ints
+    who: Ints
 
     def only(self, some: Any) -> Rows:
         """Return some of the rows."""
@@ -209,20 +211,24 @@ class Pages:
     Attributes:
         tensors: one row a tensor with page-cache rows: ``model``, ``tensor_name`` (null: outside tensors).
         experts: one more than the highest expert's number.
-        models, names: the words of the columns ``model`` and ``tensor_name``.
+        models, names, phases, causes, comms: the words of the columns ``model``, ``tensor_name``, ``phase``, ``cause``
+            (first those of CAUSES) and ``comm``.
         start_ns: what times count from.
     """
 
-    def __init__(self, trace: Trace, phase: str | None = None, order: str | None = None) -> None:
+    def __init__(
+        self, trace: Trace, phase: str | None = None, order: str | None = None, processes: bool = False
+    ) -> None:
         self._trace = trace
+        self._processes = processes
         self.start_ns = trace.first_ns or 0
-        self.models, self.names, self._phases = Words(), Words(), Words()
-        self._causes, self._actions = Words(*CAUSES), Words("evict", "add")
+        self.models, self.names, self.phases, self.comms = Words(), Words(), Words(), Words()
+        self.causes, self._actions = Words(*CAUSES), Words("evict", "add")
         self._wanted = phase, order
         self._survey()
         self._last = Walk(self._pages)
         none = np.zeros(1, np.int64)
-        self._rows, self._known = Rows(none - 1, none, none, none - 1, none, none), 1
+        self._rows, self._known = Rows(none - 1, none, none, none - 1, none, none, none), 1
 
     def _survey(self) -> None:
         """Find the tensors, and number the pages of all files through."""
@@ -328,11 +334,12 @@ class Pages:
         return {
             "model": self.models,
             "tensor_name": self.names,
-            "phase": self._phases,
-            "cause": self._causes,
+            "phase": self.phases,
+            "cause": self.causes,
             "action": self._actions,
             **dict.fromkeys(("timestamp", "token", "offset_bytes", "bytes"), 0),
             **dict.fromkeys(("shard", "expert"), -1),
+            **({"comm": self.comms} if self._processes else {}),
         }
 
     def _numbered(self, batch: Batch) -> Rows:
@@ -340,11 +347,11 @@ class Pages:
         phase, order = self._wanted
         flags = [
             16 * (phase in (None, word)) + 32 * (word == "load") + 64 * (order in (None, word))
-            for word in self._phases.list
+            for word in self.phases.list
         ]
         mark_flags = np.array(flags or [0], np.int64)[batch["phase"]]
         mark_flags[batch["token"] != 0] &= ~32
-        causes = [CAUSES.index(word) if word in CAUSES else len(CAUSES) - 1 for word in self._causes.list]
+        causes = [CAUSES.index(word) if word in CAUSES else len(CAUSES) - 1 for word in self.causes.list]
         mark = batch["timestamp"] - self.start_ns << CLOCK
         mark += mark_flags
         mark += np.array(causes or [0], np.int64)[batch["cause"]] << 1
@@ -352,7 +359,10 @@ class Pages:
         begin = batch["offset_bytes"] + (self.first_page(batch["model"], batch["shard"]) << _SHIFT)
         tensor = self.tensor_of(batch["model"], batch["tensor_name"])
         columns = (mark, batch["token"].astype(np.int64), tensor, batch["expert"].astype(np.int64))
-        return Rows(*columns, begin, begin + batch["bytes"])
+        who = batch["phase"] << 8 | batch["cause"]
+        if self._processes:
+            who |= batch["comm"] << 16
+        return Rows(*columns, begin, begin + batch["bytes"], who)
 
     def _walk(self, rows: Rows) -> Steps:
         first, count = self._known, rows.mark.size
@@ -372,6 +382,6 @@ class Pages:
         rows = self._rows.only(number[at])
         begin, end = np.maximum(begin[at], rows.begin), np.minimum(end[at], rows.end)
         now = np.full(at.size, ((self._trace.last_ns or 0) - self.start_ns) << CLOCK, np.int64)
-        leaving = Rows(now, rows.token, rows.tensor, rows.expert, begin, end)
+        leaving = Rows(now, rows.token, rows.tensor, rows.expert, begin, end, rows.who)
         number = np.arange(at.size)
         return Steps(leaving.then(rows), number, number + at.size, begin, end)

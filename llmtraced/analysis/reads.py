@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import polars as pl
 
-from llmtraced.analysis.columns import Batch, Ints, Numbers, Words, batches
+from llmtraced.analysis.columns import Batch, Ints, Numbers, Words, batches, grown
 from llmtraced.analysis.compiled import compiled
 from llmtraced.analysis.pages import Pages, Rows
 from llmtraced.analysis.trace import Trace
@@ -147,11 +147,7 @@ def faults(trace: Trace, phase: str | None = None) -> pl.DataFrame:
     sums = np.zeros((0, 0, 0, 4), np.int64)  # of model, name, expert + 1: end not seen, minor, major; ns
     for rows in batches(trace, "faults", columns, wanted):
         experts = max(int(rows["expert"].max(initial=-1)) + 2, sums.shape[2])
-        room = (len(models.list), len(names.list), experts, 4)
-        if room != sums.shape:
-            grown = np.zeros(room, np.int64)
-            grown[tuple(slice(size) for size in sums.shape)] = sums
-            sums = grown
+        sums = grown(sums, (len(models.list), len(names.list), experts, 4))
         _count(rows["model"], rows["tensor_name"], rows["expert"], rows["major"], rows["latency_ns"], sums)
     model, name, expert = np.nonzero(sums[..., :3].any(axis=3))
     unknown, minor, major, stall = sums[model, name, expert].T

@@ -6,13 +6,15 @@ readahead a dozen major faults hide a gigabyte of reads.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypedDict, cast
 
 import polars as pl
 
 from llmtraced.analysis.columns import ahead
-from llmtraced.analysis.pages import Pages
+from llmtraced.analysis.moved import Moved
+from llmtraced.analysis.pages import Pages, Rows
 from llmtraced.analysis.reads import Reads, faults
 from llmtraced.analysis.spread import Spread
 from llmtraced.analysis.trace import Trace, collect, verdict
@@ -85,7 +87,7 @@ class Reread(TypedDict):
     notes: list[str]
 
 
-def reread(trace: Trace, phase: str | None = None, follow: bool = True) -> Reread:
+def reread(trace: Trace, phase: str | None = None, follow: bool = True, moved: Moved | None = None) -> Reread:
     """Return how much of each tensor was read, and read again, in ``phase`` (default: all of the trace).
 
     What is unique is unique within the phase: a byte read once while loading and once while decoding is a re-read in
@@ -96,12 +98,14 @@ def reread(trace: Trace, phase: str | None = None, follow: bool = True) -> Rerea
         phase: one of :data:`llmtraced.schema.PHASES`.
         follow: follow every page from its eviction to its return. That is most of the work; without it
             ``returned_bytes``, ``away_ns`` and ``away_tokens`` are 0 and None.
+        moved: takes in the rows, too, so that they are read once; its pages are used, which are of this phase.
     """
-    pages = Pages(trace, phase)
+    pages = Pages(trace, phase) if moved is None else moved.pages
     reads = Reads(pages)
+    take = (reads.add,) if moved is None else (reads.add, moved.add)
     with ThreadPoolExecutor(1) as pool:
         touching = pool.submit(_touches, trace, phase)
-        away, returned = _away(pages, reads, follow)
+        away, returned = _away(pages, take, follow)
         touches = touching.result()
     pieces = reads.by_expert().with_columns(reread_bytes=pl.col("bytes_read") - pl.col("unique_bytes"))
     counts = _counts(pieces, touches)
@@ -141,8 +145,8 @@ def reread(trace: Trace, phase: str | None = None, follow: bool = True) -> Rerea
     }
 
 
-def _away(pages: Pages, reads: Reads, follow: bool) -> tuple[dict[str, Any], pl.DataFrame]:
-    """Sum up what was read; return how much was read again after its eviction, and how long after.
+def _away(pages: Pages, take: Sequence[Callable[[Rows], None]], follow: bool) -> tuple[dict[str, Any], pl.DataFrame]:
+    """Give each batch to all of ``take``; return how much was read again after its eviction, and how long after.
 
     Of all, and one row a tensor.
     """
@@ -150,13 +154,15 @@ def _away(pages: Pages, reads: Reads, follow: bool) -> tuple[dict[str, Any], pl.
     times, tokens = Spread(count), Spread(count)
     if follow:
         for batch, steps in ahead(pages.steps()):
-            reads.add(batch)
+            for add in take:
+                add(batch)
             tensor, time, later, nbytes = steps.returned()
             times.add(tensor, time, nbytes)
             tokens.add(tensor, later, nbytes)
     else:
         for batch in pages.rows():
-            reads.add(batch)
+            for add in take:
+                add(batch)
     rows = [
         {"returned_bytes": times.total(at), "away_ns": times.points(at), "away_tokens": tokens.points(at)}
         for at in (None, *range(count))

@@ -9,6 +9,8 @@ from typing import Any, Final
 import polars as pl
 
 from llmtraced.analysis.layers import grouped
+from llmtraced.analysis.moved import Moved
+from llmtraced.analysis.pages import Pages
 from llmtraced.analysis.reread import TensorReads, reread
 from llmtraced.analysis.tokens import pace, per_token
 from llmtraced.analysis.trace import Trace, collect
@@ -27,9 +29,9 @@ def summary(trace: Trace, phase: str | None = None, top: int = 10) -> dict[str, 
         phase: one of :data:`llmtraced.schema.PHASES`.
         top: how many tensors to name by bytes read, and by stall.
     """
-    reads = reread(trace, phase, follow=False)
-    moved = _moved(trace, phase)
-    graphs = per_token(trace, phase, moved.filter(pl.col("action") == "add"))
+    moved = Moved(Pages(trace, phase, processes=True))
+    reads = reread(trace, phase, follow=False, moved=moved)
+    graphs = per_token(trace, phase, moved.by_token())
     tensors = reads["tensors"]
     return {
         "trace": str(trace.path),
@@ -45,7 +47,7 @@ def summary(trace: Trace, phase: str | None = None, top: int = 10) -> dict[str, 
         "phase": phase,
         "phases": [_pace(name, graphs) for name in PHASES if name in graphs["phase"]],
         "faults": _faults(trace, phase),
-        **_pagecache(moved),
+        **_pagecache(moved.by_process()),
         "reread": {key: reads[key] for key in ("total_bytes_read", "unique_bytes", "reread_bytes", "amplification")},
         "top_by_bytes_read": [tensor for tensor in tensors if tensor["bytes_read"]][:top],
         "top_by_stall": sorted((t for t in tensors if t["stall_ns"]), key=lambda t: -t["stall_ns"])[:top],
@@ -86,16 +88,6 @@ def _faults(trace: Trace, phase: str | None) -> dict[str, int]:
         )
         .row(0, named=True)
         .copy()
-    )
-
-
-def _moved(trace: Trace, phase: str | None) -> pl.DataFrame:
-    """Return the ``bytes`` that moved by ``token``, ``action``, ``cause`` and ``comm``."""
-    return collect(
-        trace.table("pagecache", phase)
-        .group_by("token", "action", "cause", "comm")
-        .agg(pl.col("bytes").sum())
-        .with_columns(pl.col("action", "cause", "comm").cast(pl.String))
     )
 
 
