@@ -178,6 +178,8 @@ class _Tally:
 
     def _judge(self, steps: Steps, unused: int) -> None:
         """Decide on pages that came in when they did before and leave now."""
+        if not steps.row.size:
+            return
         for some, used, may in self._evidence.weigh(steps):
             rows = some.rows
             _decide(
