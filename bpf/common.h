@@ -55,8 +55,7 @@ struct slot {
     u64 rest[2];
 };
 BPF_F_TABLE("array", u32, struct slot, slots, LT_SLOTS, BPF_F_MMAPABLE);
-BPF_HASH(targets, u32, u32, LT_SLOTS);     // process -> slot
-BPF_HASH(prefetchers, u32, u32, LT_SLOTS); // process -> 1: what it brings in was prefetched
+BPF_HASH(targets, u32, u32, LT_SLOTS); // process -> slot
 
 // Mapped stretches of model files, sorted by address within a slot's window.
 struct model_range {

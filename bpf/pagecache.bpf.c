@@ -47,7 +47,7 @@ INLINE s64 current_syscall(void) {
 // Why this thread adds or removes the run's first pages. A system call that asks for pages ahead of need counts as
 // readahead where the server itself makes it, and as a prefetcher where another process does.
 INLINE u8 find_cause(struct run *run, bool owner) {
-    u32 thread = run->task, process = run->task >> 32;
+    u32 thread = run->task;
     run->wanted = NONE;
     if (owner) {
         struct in_flight *fault = in_flight.lookup(&thread);
@@ -58,8 +58,6 @@ INLINE u8 find_cause(struct run *run, bool owner) {
             run->wanted = wanted;
             return CAUSE_READAHEAD;
         }
-    } else if (prefetchers.lookup(&process)) {
-        return CAUSE_PREFETCHER;
     }
     switch (current_syscall()) {
     case SYSCALL_read:

@@ -75,7 +75,7 @@ PROGRAMS: Final[Mapping[str, str]] = {
 _TYPED: Final = {p.program: p.name for p in KERNEL_POINTS if isinstance(p, Tracepoint) and p.typed}
 
 _MAPS: Final = (
-    *("ring", "slots", "targets", "prefetchers", "ranges", "file_ids", "files", "aliases"),
+    *("ring", "slots", "targets", "ranges", "file_ids", "files", "aliases"),
     *("bounds", "counters", "seen", "accounts", "config", "ops"),
 )
 # System calls by number, x86-64: arch/x86/entry/syscalls/syscall_64.tbl

@@ -389,10 +389,6 @@ class Tracer:
         last = middle + int(entry["page_count"])
         return self._counters[first:middle].copy(), self._counters[middle:last].copy()
 
-    def mark_prefetcher(self, pid: int) -> None:
-        """Count what ``pid`` brings into the page cache as prefetched, by whichever call."""
-        kernel.map_update(self.programs.maps["prefetchers"], struct.pack("<I", pid), struct.pack("<I", 1))
-
     # --- events and accounts ---------------------------------------------------------------------------------------
 
     @property
