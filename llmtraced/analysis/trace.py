@@ -225,7 +225,7 @@ def _footers(folder: Path, notes: list[str]) -> list[_File]:
         if not path.name.startswith(".tmp-")
     ]
     files = []
-    for table, path in paths:
+    for table, path in paths:  # by one thread: two take half as long again, they wait for each other
         try:
             files.append(_footer(table, path))
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -239,7 +239,7 @@ def _footers(folder: Path, notes: list[str]) -> list[_File]:
 
 def _footer(table: str, path: Path) -> _File:
     """Read one file's footer; ValueError says what is wrong with it."""
-    with pq.ParquetFile(path) as parquet:
+    with pa.OSFile(str(path)) as file, pq.ParquetFile(file) as parquet:
         schema, footer = parquet.schema_arrow, parquet.metadata
     try:
         meta = json.loads((schema.metadata or {})[_METADATA])
@@ -248,20 +248,21 @@ def _footer(table: str, path: Path) -> _File:
         known = False
     if not known:
         raise ValueError("not written by llmtraced (its footer does not say so)")
-    if meta["schema_version"] <= SCHEMA_VERSION:
+    if meta["schema_version"] <= SCHEMA_VERSION and not schema.equals(TABLES[table]):
+        names = set(schema.names)
         for field in TABLES[table]:
-            if field.name not in schema.names or _kind(schema.field(field.name).type) != _kind(field.type):
+            if field.name not in names or _kind(schema.field(field.name).type) != _kind(field.type):
                 raise ValueError(f"column {field.name} of the table {table} is missing or of another type")
-    clocks = [i for i in range(footer.num_columns) if footer.schema.column(i).name in _CLOCKS]
+    clocks = [at for at, name in enumerate(footer.schema.names) if name in _CLOCKS]
+    groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
     spans = [
         (statistics.min, statistics.max)
-        for group in range(footer.num_row_groups)
+        for group in groups
         for clock in clocks
-        if (statistics := footer.row_group(group).column(clock).statistics) is not None and statistics.has_min_max
+        if (statistics := group.column(clock).statistics) is not None and statistics.has_min_max
     ]
     first, last = min((low for low, _ in spans), default=None), max((high for _, high in spans), default=None)
-    groups = tuple(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
-    return _File(path, table, meta, groups, first, last)
+    return _File(path, table, meta, tuple(group.num_rows for group in groups), first, last)
 
 
 def _kind(of: pa.DataType) -> tuple[bool, pa.DataType]:
