@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from llmtraced.analysis.columns import Bools, Ints, ahead
+from llmtraced.analysis.columns import Bools, Ints, ahead, grown
 from llmtraced.analysis.compiled import compiled
 from llmtraced.analysis.moved import Moved
 from llmtraced.analysis.pages import CLOCK, Pages, Rows, Steps
@@ -85,7 +85,7 @@ class _Tally:
         self._start, self._end = span[0] - pages.start_ns, span[1] - pages.start_ns
         self._width = -(-(self._end - self._start + 1) // TIME_BINS)
         self._count = count = -(-(self._end - self._start + 1) // self._width)
-        tensors = max(pages.tensors.height, 1)
+        tensors = max(pages.count, 1)
         self.fates = np.zeros((tensors, len(CAUSES), len(FATES)), np.int64)
         self.moves = np.zeros((len(CAUSES) + 1, count), np.int64)  # in by cause, then out
         self.resident = np.zeros((tensors, count), np.int64)  # at the end of each bin, once finished
@@ -93,11 +93,12 @@ class _Tally:
         self.before = np.zeros(tensors, np.int64)
         self.evicted = np.zeros(tensors, np.int64)
         self.astray = 0
-        self._changed = self.evicted, self.moves, self.resident, self._area
 
     def add(self, rows: Rows) -> None:
         """Take in a batch as if each row changed something."""
-        _move(rows.mark, rows.tensor, rows.begin, rows.end, self._start, self._end, self._width, *self._changed)
+        self._fit(self._pages.count)
+        changed = self.evicted, self.moves, self.resident, self._area
+        _move(rows.mark, rows.tensor, rows.begin, rows.end, self._start, self._end, self._width, *changed)
 
     def take(self, steps: Steps) -> None:
         """Take in the steps of that batch."""
@@ -110,7 +111,8 @@ class _Tally:
             rows.mark,
             rows.tensor,
             *span,
-            *self._changed[2:],
+            self.resident,
+            self._area,
             self.before,
             self.fates,
         )
@@ -122,6 +124,12 @@ class _Tally:
         self._judge(still, _PENDING)
         self.resident[:, 0] += self.before
         self.resident = self.resident.cumsum(1)
+
+    def _fit(self, tensors: int) -> None:
+        self.fates = grown(self.fates, (tensors, *self.fates.shape[1:]))
+        self.resident = grown(self.resident, (tensors, self.resident.shape[1]))
+        self._area = grown(self._area, (2, tensors))
+        self.before, self.evicted = grown(self.before, (tensors,)), grown(self.evicted, (tensors,))
 
     def mean(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Return the mean over time of the bytes of each tensor in the cache."""
@@ -151,8 +159,9 @@ class _Tally:
         """Return one row a tensor of the map or with page-cache rows, in the order of the map."""
         fates, mean = self.fates.sum(1), self.mean()
         known = self._trace.tensors.select("model", "tensor_name", "layer", "component", "size_bytes", "backed")
+        moved = self._pages.tensors.with_row_index("row").filter(pl.col("moved")).drop("moved")
         found = known.with_row_index("order").join(
-            self._pages.tensors.with_row_index("row"),
+            moved.sort(pl.col("model", "tensor_name").fill_null("None")),
             on=["model", "tensor_name"],
             how="full",
             coalesce=True,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from threading import Lock
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ _ROWS: Final = 1 << 16
 """Rows of a batch, about, as long as there are so many: files may be small."""
 _THREADS: Final = 2
 _Made = TypeVar("_Made")
+_Array = TypeVar("_Array", bound=np.ndarray[Any, Any])
 
 
 class Words:
@@ -104,13 +105,14 @@ def batches(
                 one.cancel()
 
 
-def grown(array: Ints, room: tuple[int, ...]) -> Ints:
-    """Return the array with zeros added at the end of each dimension, or itself if it has that shape."""
+def grown(array: _Array, room: tuple[int, ...]) -> _Array:
+    """Return the array with zeros added at the end of each dimension that is shorter, or itself if none is."""
+    room = tuple(max(sizes) for sizes in zip(array.shape, room, strict=True))
     if array.shape == room:
         return array
-    larger = np.zeros(room, np.int64)
+    larger: Any = np.zeros(room, array.dtype)
     larger[tuple(slice(size) for size in array.shape)] = array
-    return larger
+    return cast("_Array", larger)
 
 
 def ahead(items: Iterator[_Made]) -> Iterator[_Made]:

@@ -8,28 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from threading import Lock
 from typing import Any, Final
 
 import numpy as np
 import polars as pl
 
-from llmtraced.analysis.columns import Batch, Bools, Ints, Words, batches
+from llmtraced.analysis.columns import Batch, Bools, Ints, Numbers, Words, batches, grown
 from llmtraced.analysis.compiled import compiled
 from llmtraced.analysis.trace import Trace, collect
-from llmtraced.analysis.walk import Walk
+from llmtraced.analysis.walk import FILE, Walk
+from llmtraced.errors import LlmtracedError
 from llmtraced.schema import CAUSES, PAGE
 
-__all__ = ["BLOCK", "CLOCK", "Marks", "Pages", "Rows", "Steps"]
+__all__ = ["BLOCK", "CLOCK", "FOLIO", "Marks", "Pages", "Rows", "Steps"]
 
 BLOCK: Final = 16
 """Pages that one fault maps if they are in the cache (64 KiB, aligned): Linux's fault-around."""
+
+FOLIO: Final = 512
+"""Pages of the largest folio that one fault maps (2 MiB)."""
 
 CLOCK: Final = 7
 """Bits below the time in a mark."""
 
 _KEPT: Final = 1 << 20  # rows that are kept before those that no page needs are forgotten, at least
 _SHIFT: Final = PAGE.bit_length() - 1
-_ABSENT: Final = -(1 << 40)
+_PAGES: Final = 1 << FILE - _SHIFT  # of a file, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +83,9 @@ class Marks:
 class Rows:
     """Rows of the page cache by number; number 0 is that nothing happened yet.
 
-    ``tensor`` is the row of :attr:`Pages.tensors`; ``begin`` and ``end`` are bytes, counted over all files. ``who`` is
-    the number of its comm (0 unless asked for), of its phase, and of its cause, the latter in 8 bits each.
+    ``tensor`` is the number in :attr:`Pages.tensors`; ``begin`` and ``end`` are addresses: a file's number in the bits
+    from :data:`llmtraced.analysis.walk.FILE` on, below it its bytes. ``who`` is the number of its comm (0 unless asked
+    for), of its phase, and of its cause, the latter in 8 bits each.
     """
 
     mark: Ints
@@ -115,7 +121,7 @@ class Steps:
     """Stretches of one row with the same past; all arrays are of the same length.
 
     ``row`` and ``before`` are numbers in ``rows``: what happens to the stretch, and what happened to it before.
-    ``begin`` and ``end`` are its bytes, counted over all files.
+    ``begin`` and ``end`` are its addresses.
     """
 
     rows: Rows
@@ -136,7 +142,7 @@ class Steps:
 
     @property
     def tensor(self) -> Ints:
-        """The row of :attr:`Pages.tensors`."""
+        """The number in :attr:`Pages.tensors`."""
         return self.rows.tensor[self.row]
 
     @property
@@ -162,7 +168,7 @@ class Steps:
         """Return, of the steps that bring back what was evicted, and are in the phase asked for, what they bring back.
 
         Returns:
-            int64, row of :attr:`Pages.tensors`, ns since the eviction, graphs since the eviction, and bytes.
+            int64, number in :attr:`Pages.tensors`, ns since the eviction, graphs since the eviction, and bytes.
         """
         rows = self.rows
         return _returned(self.row, self.before, self.begin, self.end, rows.mark, rows.token, rows.tensor)
@@ -209,8 +215,6 @@ class Pages:
     """The state of all pages of a trace's models.
 
     Attributes:
-        tensors: one row a tensor with page-cache rows: ``model``, ``tensor_name`` (null: outside tensors).
-        experts: one more than the highest expert's number.
         models, names, phases, causes, comms: the words of the columns ``model``, ``tensor_name``, ``phase``, ``cause``
             (first those of CAUSES) and ``comm``.
         start_ns: what times count from.
@@ -222,103 +226,105 @@ class Pages:
         self._trace = trace
         self._processes = processes
         self.start_ns = trace.first_ns or 0
-        self.models, self.names, self.phases, self.comms = Words(), Words(), Words(), Words()
+        known = [trace.tensors[name].to_list() for name in ("model", "tensor_name")]
+        self.models, self.names = (Words(*dict.fromkeys(words)) for words in known)
+        self.phases, self.comms = Words(), Words()
         self.causes, self._actions = Words(*CAUSES), Words("evict", "add")
         self._wanted = phase, order
-        self._survey()
-        self._last = Walk(self._pages)
+        self._lock = Lock()  # files and tensors are found by several threads
+        self._file: dict[tuple[int, int], int] = {}  # first page, of model and shard
+        self._shifts = self._mapped()
+        self._owners: list[tuple[int, int]] = []  # of each tensor
+        self._number = np.zeros((0, 0), np.int64)  # of each model and name: tensor + 1
+        self._moved: Bools = np.zeros(0, bool)  # of each tensor: it has rows of the page cache
+        numbers = ({word: number for number, word in enumerate(words.list)} for words in (self.models, self.names))
+        model, name = (
+            np.array([number[word] for word in words], np.int64) for number, words in zip(numbers, known, strict=True)
+        )
+        self.tensor_of(model, name)
+        self._last = Walk()
         none = np.zeros(1, np.int64)
         self._rows, self._known = Rows(none - 1, none, none, none - 1, none, none, none), 1
 
-    def _survey(self) -> None:
-        """Find the tensors, and number the pages of all files through."""
-        columns: dict[str, Words | int] = {"model": self.models, "tensor_name": self.names, "shard": -1}
-        columns |= {"offset_bytes": 0, "bytes": 0, "expert": -1}
-        self.experts = 0
-        owners: dict[tuple[int, int], None] = {}
-        ends: dict[tuple[int, int], int] = {}
+    @property
+    def tensors(self) -> pl.DataFrame:
+        """The tensors by number, first those of the map: ``model``, ``tensor_name`` (null: outside tensors).
 
-        def look(rows: Batch) -> list[tuple[tuple[int, int], int, int, Ints]]:
-            found = []
-            model, shard, end = rows["model"], rows["shard"], rows["offset_bytes"] + rows["bytes"]
-            one = (model == model[:1]).all() and (shard == shard[:1]).all()
-            file = model[:1] if one else model << 16 | (shard.astype(np.int64) & 0xFFFF)
-            for number in file[:1].tolist() if one else np.unique(file).tolist():
-                mine = slice(None) if one else file == number
-                names = np.flatnonzero(np.bincount(rows["tensor_name"][mine]))
-                key = (int(model[mine][0]), int(shard[mine][0]))
-                found.append((key, int(end[mine].max()), int(rows["expert"][mine].max()), names))
-            return found
+        ``moved`` is whether there were rows of the page cache. More may come while rows are read.
+        """
+        names = [(self.models.list[model], self.names.list[name]) for model, name in self._owners[: self.count]]
+        frame = pl.DataFrame(names, schema={"model": pl.String, "tensor_name": pl.String}, orient="row")
+        return frame.with_columns(moved=pl.Series(grown(self._moved, (frame.height,))[: frame.height]))
 
-        for part in batches(self._trace, "pagecache", columns, look):
-            for key, end, expert, names in part:
-                self.experts = max(self.experts, expert + 1)
-                owners |= dict.fromkeys((key[0], name) for name in names.tolist())
-                ends[key] = max(ends.get(key, 0), end)
-        self._owners = sorted(owners, key=lambda one: tuple(str(word) for word in self._words(one)))
-        self.tensors = pl.DataFrame(
-            [self._words(one) for one in self._owners],
-            schema={"model": pl.String, "tensor_name": pl.String},
-            orient="row",
-        )
-        self._place(ends)
+    @property
+    def count(self) -> int:
+        """How many tensors there are by now: above the number of each that was yielded."""
+        return len(self._owners)
 
-    def _words(self, owner: tuple[int, int]) -> tuple[str | None, str | None]:
-        return self.models.list[owner[0]], self.names.list[owner[1]]
-
-    def _place(self, ends: dict[tuple[int, int], int]) -> None:
-        """Number the pages of all files through, such that blocks of 16 are those of the address space."""
+    def _mapped(self) -> dict[tuple[str | None, int], int]:
+        """Return by how many pages each file is moved, so that blocks of 16 are those of the address space."""
         faults = self._trace.table("faults").head(1_000_000).filter(pl.col("address") > 0)
         shift = (pl.col("address") - pl.col("offset_bytes")) // PAGE % BLOCK
         seen = collect(faults.group_by(pl.col("model").cast(pl.String), "shard").agg(shift=shift.first()))
-        mapped = {(model, shard): pages for model, shard, pages in seen.iter_rows()}
-        self._base: dict[tuple[int, int], int] = {}
-        base = 0
-        for file in sorted(ends):
-            self._base[file] = base + int(mapped.get((self.models.list[file[0]], file[1]), 0))
-            base += -(-ends[file] // PAGE) + 2 * BLOCK
-            base -= base % BLOCK
-        self._pages = base
+        return {(model, shard): int(pages or 0) for model, shard, pages in seen.iter_rows()}
 
-    def first_page(self, model: Ints, shard: Ints) -> Ints:
-        """Return the first page, counted over all files, of each row's file; far below 0: none of them.
+    def first_page(self, model: Ints, shard: Numbers) -> Ints:
+        """Return the first page of each row's file.
 
         Args:
             model: numbers of :attr:`models`.
             shard: of the row.
         """
-        found = np.full(model.size, _ABSENT, np.int64)
-        for (number, part), base in self._base.items():
-            mine = model == number
-            mine &= shard == part
-            if mine.all():
-                found.fill(base)
-                break
-            found[mine] = base
+        if (model == model[:1]).all() and (shard == shard[:1]).all():
+            one = self._first_page(int(model[0]), int(shard[0])) if model.size else 0
+            return np.full(model.size, one, np.int64)
+        found = np.empty(model.size, np.int64)
+        for number in np.unique(model).tolist():
+            for part in np.unique(shard[model == number]).tolist():
+                found[(model == number) & (shard == part)] = self._first_page(number, part)
         return found
 
+    def _first_page(self, model: int, shard: int) -> int:
+        with self._lock:
+            new = len(self._file) * _PAGES + self._shifts.get((self.models.list[model], shard), 0)
+            return self._file.setdefault((model, shard), new)
+
+    def folio(self, page: Ints) -> Ints:
+        """Return the number of the 2 MiB of its file that each page is in, as large folios are aligned, by file.
+
+        Args:
+            page: counted as :meth:`first_page` does.
+        """
+        with self._lock:
+            shift = np.array([first & _PAGES - 1 for first in self._file.values()], np.int64)
+        moved: Ints = page - shift[page // _PAGES] if shift.any() else page
+        return moved // FOLIO
+
     def tensor_of(self, model: Ints, name: Ints) -> Ints:
-        """Return the row in :attr:`tensors`; -1: it has no rows of the page cache.
+        """Return the number in :attr:`tensors`, which may be a new one.
 
         Args:
             model: numbers of :attr:`models`.
             name: numbers of :attr:`names`.
         """
-        names = len(self.names.list)
-        rows = np.full((len(self.models.list), names), -1, np.int64)
-        known = np.array(self._owners, np.int64).reshape(-1, 2)
-        rows[known[:, 0], known[:, 1]] = np.arange(len(known))
-        found: Ints = rows.reshape(-1)[model * names + name]
-        return found
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks of :data:`BLOCK` pages there are."""
-        return self._pages // BLOCK
+        with self._lock:
+            self._number = grown(self._number, (len(self.models.list), len(self.names.list)))
+            numbers, names = self._number.reshape(-1), self._number.shape[1]
+            at = model * names + name
+            found: Ints = numbers[at]
+            if not found.all():
+                for one in np.unique(at[found == 0]).tolist():
+                    self._owners.append(divmod(one, names))
+                    numbers[one] = len(self._owners)
+                found = numbers[at]
+        return found - 1
 
     def rows(self) -> Iterator[Rows]:
         """Yield the rows of each batch, in order; other threads read ahead."""
-        return batches(self._trace, "pagecache", self._columns(), self._numbered)
+        for rows in batches(self._trace, "pagecache", self._columns(), self._numbered):
+            self._moved = grown(self._moved, (self.count,))
+            self._moved[rows.tensor] = True
+            yield rows
 
     def steps(self) -> Iterator[tuple[Rows, Steps]]:
         """Walk through all adds and evictions; the walk can be made once.
@@ -356,7 +362,12 @@ class Pages:
         mark += mark_flags
         mark += np.array(causes or [0], np.int64)[batch["cause"]] << 1
         mark += batch["action"] == 1
-        begin = batch["offset_bytes"] + (self.first_page(batch["model"], batch["shard"]) << _SHIFT)
+        offset = batch["offset_bytes"]
+        if offset.size and (offset.min() < 0 or (offset + batch["bytes"]).max() > 1 << FILE - 1):
+            raise LlmtracedError(
+                "cannot read the trace's data (pages that no file has): move the damaged file out of it"
+            )
+        begin = offset + (self.first_page(batch["model"], batch["shard"]) << _SHIFT)
         tensor = self.tensor_of(batch["model"], batch["tensor_name"])
         columns = (mark, batch["token"].astype(np.int64), tensor, batch["expert"].astype(np.int64))
         who = batch["phase"] << 8 | batch["cause"]

@@ -19,6 +19,8 @@ from llmtraced.analysis.trace import Trace
 __all__ = ["Reads", "faults", "union"]
 
 _KEPT: Final = 1 << 17  # ranges that wait to be joined
+_EXPERT: Final = 32  # bits of a piece's number that say which expert, + 1; those above are the tensor
+_MASK: Final = (1 << _EXPERT) - 1
 
 _SUMS: Final = ("bytes_read", "read_count", "ordered_bytes", "evicted_bytes", "evict_count")
 
@@ -32,17 +34,16 @@ class Reads:
 
     def __init__(self, pages: Pages) -> None:
         self._pages = pages
-        self._each = pages.experts + 1  # of each tensor: those without an expert, then the experts
-        self._count = pages.tensors.height * self._each
-        self._sums = np.zeros((self._count, len(_SUMS)), np.int64)
+        self._sums = np.zeros((0, 0, len(_SUMS)), np.int64)  # of tensor, and expert + 1
         self._runs = np.zeros((3, 0), np.int64)
         self._new: list[Ints] = []
-        none = np.zeros(self._count, np.int64)
-        self._whole = none, none  # of each piece the longest range of bytes that was read
+        self._whole = np.zeros((0, 0, 2), np.int64)  # of each piece the longest range of bytes that was read
 
     def add(self, rows: Rows) -> None:
         """Take in a batch."""
-        fresh = _sum(rows.mark, rows.tensor, rows.expert, rows.begin, rows.end, self._each, *self._whole, self._sums)
+        pieces = self._pages.count, int(rows.expert.max(initial=-1)) + 2
+        self._sums, self._whole = grown(self._sums, (*pieces, len(_SUMS))), grown(self._whole, (*pieces, 2))
+        fresh = _sum(rows.mark, rows.tensor, rows.expert, rows.begin, rows.end, self._whole, self._sums)
         self._new.append(fresh)
         if sum(one.shape[1] for one in self._new) > _KEPT:
             self._join()
@@ -52,35 +53,31 @@ class Reads:
         self._new = []
         piece, begin, end = self._runs
         order = np.argsort(end - begin, kind="stable")  # of several the longest stays
-        low, high = np.zeros(self._count, np.int64), np.zeros(self._count, np.int64)
-        low[piece[order]], high[piece[order]] = begin[order], end[order]
-        self._whole = low, high
+        self._whole[piece[order] >> _EXPERT, piece[order] & _MASK] = np.stack([begin[order], end[order]], axis=1)
 
     def by_expert(self) -> pl.DataFrame:
         """Return the sums and ``unique_bytes`` read, one row a model, tensor_name and expert that came or went."""
         self._join()
         piece, begin, end = self._runs
         order = np.argsort(begin, kind="stable")
-        order = order[np.argsort(piece[order] // self._each, kind="stable")]  # by tensor, and then by place
+        order = order[np.argsort(piece[order] >> _EXPERT, kind="stable")]  # by tensor, and then by place
         piece, begin, end = piece[order], begin[order], end[order]
-        reached = _reached(piece // self._each, end)
-        unique = np.zeros(self._count, np.int64)
-        np.add.at(unique, piece, np.maximum(end - np.maximum(begin, reached), 0))
-        number = np.flatnonzero(self._sums[:, 1] + self._sums[:, 4])
+        reached = _reached(piece >> _EXPERT, end)
+        unique = np.zeros(self._sums.shape[:2], np.int64)
+        np.add.at(unique, (piece >> _EXPERT, piece & _MASK), np.maximum(end - np.maximum(begin, reached), 0))
+        tensor, expert = np.nonzero(self._sums[..., 1] + self._sums[..., 4])
         frame = pl.DataFrame(
             {
-                "expert": (number % self._each - 1).astype(np.int32),
-                **dict(zip(_SUMS, self._sums[number].T, strict=True)),
-                "unique_bytes": unique[number],
+                "expert": (expert - 1).astype(np.int32),
+                **dict(zip(_SUMS, self._sums[tensor, expert].T, strict=True)),
+                "unique_bytes": unique[tensor, expert],
             }
         )
-        return self._pages.tensors[number // self._each].hstack(frame)
+        return self._pages.tensors.drop("moved")[tensor].hstack(frame)
 
 
 @compiled
-def _sum(
-    mark: Ints, tensor: Ints, expert: Ints, begin: Ints, end: Ints, each: int, low: Ints, high: Ints, sums: Ints
-) -> Ints:
+def _sum(mark: Ints, tensor: Ints, expert: Ints, begin: Ints, end: Ints, whole: Ints, sums: Ints) -> Ints:
     """Add rows to the sums of their pieces; return the ranges that may be new: piece, begin and end."""
     fresh = np.empty((3, mark.size), np.int64)
     count = 0
@@ -88,19 +85,19 @@ def _sum(
         what = mark[i]
         if not what & 16:
             continue
-        piece = tensor[i] * each + max(expert[i], -1) + 1
+        of, part = tensor[i], max(expert[i], -1) + 1
         first, after = begin[i], end[i]
         if what & 1:
-            sums[piece, 0] += after - first
-            sums[piece, 1] += 1
+            sums[of, part, 0] += after - first
+            sums[of, part, 1] += 1
             if what & 64:
-                sums[piece, 2] += after - first
-            if after > first and (first < low[piece] or after > high[piece]):
-                fresh[0, count], fresh[1, count], fresh[2, count] = piece, first, after
+                sums[of, part, 2] += after - first
+            if after > first and (first < whole[of, part, 0] or after > whole[of, part, 1]):
+                fresh[0, count], fresh[1, count], fresh[2, count] = of << _EXPERT | part, first, after
                 count += 1
         else:
-            sums[piece, 3] += after - first
-            sums[piece, 4] += 1
+            sums[of, part, 3] += after - first
+            sums[of, part, 4] += 1
     return fresh[:, :count].copy()
 
 

@@ -150,26 +150,30 @@ def _away(pages: Pages, take: Sequence[Callable[[Rows], None]], follow: bool) ->
 
     Of all, and one row a tensor.
     """
-    count = pages.tensors.height
-    times, tokens = Spread(count), Spread(count)
+    times, tokens = Spread(pages.count), Spread(pages.count)
     if follow:
         for batch, steps in ahead(pages.steps()):
             for add in take:
                 add(batch)
             tensor, time, later, nbytes = steps.returned()
+            for spread in (times, tokens):
+                spread.fit(pages.count)
             times.add(tensor, time, nbytes)
             tokens.add(tensor, later, nbytes)
     else:
         for batch in pages.rows():
             for add in take:
                 add(batch)
+    tensors = pages.tensors.drop("moved")
+    for spread in (times, tokens):
+        spread.fit(tensors.height)
     rows = [
         {"returned_bytes": times.total(at), "away_ns": times.points(at), "away_tokens": tokens.points(at)}
-        for at in (None, *range(count))
+        for at in (None, *range(tensors.height))
     ]
     point = pl.Struct(dict.fromkeys(("min", "p50", "p90"), pl.Int64))
     schema: dict[str, Any] = {"returned_bytes": pl.Int64, "away_ns": point, "away_tokens": point}
-    return rows[0], pages.tensors.hstack(pl.DataFrame(rows[1:], schema=schema))
+    return rows[0], tensors.hstack(pl.DataFrame(rows[1:], schema=schema))
 
 
 def _experts(trace: Trace, pieces: pl.DataFrame) -> pl.DataFrame:

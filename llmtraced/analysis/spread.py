@@ -7,6 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtraced.analysis.columns import grown
 from llmtraced.analysis.compiled import compiled
 
 __all__ = ["Spread"]
@@ -26,6 +27,11 @@ class Spread:
     def __init__(self, groups: int) -> None:
         self._weight = np.zeros((groups, _BINS), np.int64)
         self._least = np.full(groups, np.iinfo(np.int64).max)
+
+    def fit(self, groups: int) -> None:
+        """Make room for more groups."""
+        self._weight = grown(self._weight, (groups, _BINS))
+        self._least = np.append(self._least, np.full(max(groups - self._least.size, 0), np.iinfo(np.int64).max))
 
     def add(self, group: NDArray[np.int64], value: NDArray[np.int64], weight: NDArray[np.int64]) -> None:
         """Add ``weight`` times each ``value`` (negative ones count as 0) to its group."""

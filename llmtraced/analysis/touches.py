@@ -2,8 +2,8 @@
 
 A page that comes in is not mapped, so its first use is a page fault. But a fault maps more than its own page: what is
 in the cache of its 64 KiB, and all of a large folio, which has up to 2 MiB. So a page was mapped if there was a fault
-in its 64 KiB; it was not, and so not used, if there was none in its 2 MiB; in between nobody can tell. An operator
-that ended while a page of its weight was in the cache has read it.
+in its 64 KiB; it was not, and so not used, if there was none in its 2 MiB of the file; else nobody can tell. An
+operator that ended while a page of its weight was in the cache has read it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from typing import Final
 import numpy as np
 import polars as pl
 
-from llmtraced.analysis.columns import Batch, Bools, Ints, Words, batches
+from llmtraced.analysis.columns import Batch, Bools, Ints, Words, batches, grown
 from llmtraced.analysis.compiled import compiled
-from llmtraced.analysis.pages import BLOCK, Pages, Steps
+from llmtraced.analysis.pages import BLOCK, FOLIO, Pages, Steps
 from llmtraced.analysis.trace import Trace, collect
+from llmtraced.analysis.walk import FILE
 from llmtraced.schema import PAGE
 
 __all__ = ["Evidence"]
 
-_HUGE: Final = 32  # blocks in 2 MiB, the largest folio that one fault maps
 _ROWS: Final = 500_000
 _PART: Final = 1 << 16
 _OWNER: Final = ("model", "tensor_name")
+_SHIFT: Final = PAGE.bit_length() - 1
+_BITS: Final = FILE - _SHIFT  # of a page's number that count it within its file; those above are the file
 
 _Ended = tuple[int, Ints, Ints]
 """The last beginning in a batch of events, and of each of them when it ended (ns since the trace's first row), and its
@@ -36,18 +38,19 @@ class Evidence:
     """The faults, operators and routing of a trace, followed in order of time beside the rows of the page cache."""
 
     def __init__(self, trace: Trace, pages: Pages) -> None:
+        self._pages = pages
         known = pages.tensors.join(
-            trace.tensors, on=_OWNER, how="left", nulls_equal=True, maintain_order="left"
+            trace.tensors.unique(_OWNER, keep="last"), on=_OWNER, how="left", nulls_equal=True, maintain_order="left"
         ).with_columns(pl.col("n_experts", "layer").fill_null(0))
-        self._merged = (known["n_experts"] > 0).to_numpy()
+        self._merged: Bools = (known["n_experts"] > 0).to_numpy()
         self._layer = known["layer"].to_numpy().clip(0).astype(np.int64)
         experts, layers = int(known["n_experts"].max() or 0), int(self._layer.max(initial=0)) + 1  # type: ignore[arg-type]
         self._experts = experts
         self._faults = _Events(_faults(trace, pages))
-        self._blocks, self._huge = _Last(pages.blocks), _Last(pages.blocks // _HUGE + 1)
-        self._ops, self._used = _Events(_ops(trace, pages)), _Last(known.height)
+        self._blocks, self._folios = (_Last(_BITS - (size.bit_length() - 1)) for size in (BLOCK, FOLIO))
+        self._ops, self._used = _Events(_ops(trace, pages)), _Last()
         self._choices = _Events(_choices(trace, pages, experts, layers))
-        self._chosen = _Last(layers * experts)
+        self._chosen = _Last()
 
     def weigh(self, steps: Steps) -> Iterator[tuple[Steps, Bools, Bools]]:
         """Yield the same bytes as steps again, which of them were used between their past and now, and which may be.
@@ -58,6 +61,8 @@ class Evidence:
         past, now = steps.past.time, steps.now.time
         end = int(now.max(initial=-1))
         tensor, expert = steps.tensor, steps.expert
+        tensors = (self._pages.count,)
+        self._merged, self._layer = grown(self._merged, tensors), grown(self._layer, tensors)
         merged = self._merged[tensor]
         self._used.take(*self._ops.until(end))
         used = self._used.between(np.where(merged, -1, tensor), past, now)
@@ -68,14 +73,18 @@ class Evidence:
         whole = steps.only(used)
         yield whole, np.ones(whole.row.size, bool), np.zeros(whole.row.size, bool)
 
-        time, block = self._faults.until(end)
-        self._blocks.take(time, block)
-        self._huge.take(time, block // _HUGE)
+        time, page = self._faults.until(end)
+        self._blocks.take(time, page // BLOCK)
+        self._folios.take(time, self._pages.folio(page))
         rest = steps.only(~used).by_block()
         past, now = rest.past.time, rest.now.time
-        place = rest.begin // (BLOCK * PAGE)
-        used = self._blocks.between(place, past, now)
-        yield rest, used, self._huge.between(place // _HUGE, past, now)
+        first, last = rest.begin >> _SHIFT, rest.end - 1 >> _SHIFT
+        used = self._blocks.between(first // BLOCK, past, now)
+        near, also = self._pages.folio(first), self._pages.folio(last)
+        may = self._folios.between(near, past, now)
+        if (near != also).any():  # the block is in two
+            may |= self._folios.between(also, past, now)
+        yield rest, used, may
 
 
 class _Events:
@@ -118,20 +127,30 @@ def _parted(time: Ints, key: Ints, now: int) -> tuple[Ints, Ints, Ints, Ints]:
 
 
 class _Last:
-    """When something happened last, for each of ``keys`` keys, and when before that since the last call of ``take``."""
+    """When something happened last, for each key, and when before that since the last call of ``take``.
 
-    def __init__(self, keys: int) -> None:
-        self._time = np.full(keys + 1, -1, np.int64)  # the last one, which is also -1, is for what has no key
-        self._newest = np.full(keys + 1, -1, np.int64)  # the event taken in last
+    Args:
+        bits: of a key, that count within a file (or whatever there are few of); those above are the file.
+    """
+
+    def __init__(self, bits: int = _BITS) -> None:
+        self._bits = bits
+        self._time = np.zeros((0, 0), np.int64)  # of each file and key; -1: never
+        self._newest = np.zeros((0, 0), np.int64)  # the event taken in last
         none = np.empty(0, np.int64)
         self._new: tuple[Ints, Ints] = none, none
         self._links: tuple[Ints, Ints] = none, none
 
     def take(self, time: Ints, key: Ints) -> None:
-        """Take in events, which are later than those taken in before."""
-        self._newest[self._new[1]] = -1
+        """Take in events, which are later than those taken in before; keys are not negative."""
+        before, mask = self._new[1], (1 << self._bits) - 1
+        self._newest[before >> self._bits, before & mask] = -1
+        files, keys = int(key.max(initial=-1) >> self._bits) + 1, int((key & mask).max(initial=-1)) + 1
+        if files > self._time.shape[0] or keys > self._time.shape[1]:
+            room = files, keys + keys // 2
+            self._time, self._newest = grown(self._time + 1, room) - 1, grown(self._newest + 1, room) - 1
         self._new = time, key
-        self._links = _linked(time, key, self._time, self._newest)
+        self._links = _linked(time, key, self._bits, self._time, self._newest)
 
     def between(self, of: Ints, since: Ints, now: Ints) -> Bools:
         """Return whether there was an event of the key ``of`` (negative: none) between ``since`` and ``now``.
@@ -141,32 +160,34 @@ class _Last:
             since: before now.
             now: not before any event of an earlier call of :meth:`take`.
         """
-        return _between(of, since, now, self._time, self._newest, self._new[0], *self._links)
+        return _between(of, since, now, self._bits, self._time, self._newest, self._new[0], *self._links)
 
 
 @compiled
-def _linked(time: Ints, key: Ints, last: Ints, newest: Ints) -> tuple[Ints, Ints]:
+def _linked(time: Ints, key: Ints, bits: int, last: Ints, newest: Ints) -> tuple[Ints, Ints]:
     """Return, of each event, the one of its key before it (-1: none here), and the last time before both."""
     link, before = np.empty(time.size, np.int64), np.empty(time.size, np.int64)
     for i in range(time.size):
-        of = key[i]
-        link[i], before[i] = newest[of], last[of]
-        newest[of] = i
-        last[of] = max(last[of], time[i])
+        file, of = key[i] >> bits, key[i] & (1 << bits) - 1
+        link[i], before[i] = newest[file, of], last[file, of]
+        newest[file, of] = i
+        last[file, of] = max(last[file, of], time[i])
     return link, before
 
 
 @compiled
-def _between(of: Ints, since: Ints, now: Ints, last: Ints, newest: Ints, time: Ints, link: Ints, before: Ints) -> Bools:
+def _between(
+    of: Ints, since: Ints, now: Ints, bits: int, last: Ints, newest: Ints, time: Ints, link: Ints, before: Ints
+) -> Bools:
     found = np.zeros(of.size, np.bool_)
     for i in range(of.size):
-        key = of[i]
-        if key < 0 or last[key] < since[i]:
+        file, key = of[i] >> bits, of[i] & (1 << bits) - 1
+        if of[i] < 0 or file >= last.shape[0] or key >= last.shape[1] or last[file, key] < since[i]:
             continue
-        if last[key] <= now[i]:
+        if last[file, key] <= now[i]:
             found[i] = True
             continue
-        event, when = newest[key], last[key]  # the last one is too late, but one before it may do
+        event, when = newest[file, key], last[file, key]  # the last one is too late, but one before it may do
         while event >= 0 and not since[i] <= time[event] <= now[i]:
             event, when = link[event], before[event]
         found[i] = event >= 0 or when >= since[i]
@@ -174,13 +195,14 @@ def _between(of: Ints, since: Ints, now: Ints, last: Ints, newest: Ints, time: I
 
 
 def _faults(trace: Trace, pages: Pages) -> Iterator[_Ended]:
-    """Yield the page faults; the key is the block of 64 KiB."""
+    """Yield the page faults; the key is the page."""
     columns: dict[str, Words | int] = {"model": pages.models, "shard": -1, "offset_bytes": 0}
     columns |= {"timestamp": 0, "latency_ns": 0}
 
     def events(rows: Batch) -> _Ended:
-        key = (pages.first_page(rows["model"], rows["shard"]) + rows["offset_bytes"] // PAGE) // BLOCK
-        return _ended(rows["timestamp"] - pages.start_ns, rows["latency_ns"], key, pages.blocks)
+        key = pages.first_page(rows["model"], rows["shard"]) + (rows["offset_bytes"] >> _SHIFT)
+        key[rows["offset_bytes"] >> FILE - 1 != 0] = -1
+        return _ended(rows["timestamp"] - pages.start_ns, rows["latency_ns"], key)
 
     return batches(trace, "faults", columns, events)
 
@@ -196,14 +218,14 @@ def _ops(trace: Trace, pages: Pages) -> Iterator[_Ended]:
         key[rows["op"] < 2] = -1
         if None in pages.names.list:
             key[rows["tensor_name"] == pages.names.list.index(None)] = -1
-        return _ended(rows["timestamp"] - pages.start_ns, rows["duration_ns"], key, pages.tensors.height)
+        return _ended(rows["timestamp"] - pages.start_ns, rows["duration_ns"], key)
 
     return batches(trace, "ops", columns, events)
 
 
-def _ended(began: Ints, lasted: Ints, key: Ints, keys: int) -> _Ended:
-    """Return events whose key is one of ``keys``."""
-    known = (key >= 0) & (key < keys)
+def _ended(began: Ints, lasted: Ints, key: Ints) -> _Ended:
+    """Return the events that have a key: those with a negative one have none."""
+    known = key >= 0
     last = int(began.max(initial=-1))
     if known.all():
         return last, began + lasted, key
@@ -226,4 +248,4 @@ def _choices(trace: Trace, pages: Pages, experts: int, layers: int) -> Iterator[
         rows = rows.sort("began", maintain_order=True)
         for start in range(0, rows.height, _PART):  # what has not ended is looked at again and again: few at a time
             began, ended, key = (rows[name][start : start + _PART].to_numpy() for name in rows.columns)
-            yield _ended(began, ended - began, key, layers * experts)
+            yield _ended(began, ended - began, key)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmtraced.analysis.columns import Ints, Numbers
+from llmtraced.analysis.columns import Ints, Numbers, grown
 from llmtraced.analysis.compiled import compiled
 from llmtraced.schema import PAGE
 
-__all__ = ["Walk"]
+__all__ = ["FILE", "Walk"]
+
+FILE = 44
+"""Bits of an address that count a file's bytes; those above are the file's number."""
 
 _SHIFT = PAGE.bit_length() - 1
+_MASK = (1 << FILE) - 1
 
 
 class Walk:
@@ -20,13 +24,13 @@ class Walk:
     of its own: that which begins with the page, or before it, the page's; each other one that of its first byte.
 
     Attributes:
-        page: int32, of each page.
-        inside: int64, ascending: where parts begin inside of pages, bytes.
+        page: int32, of each file and page; grows.
+        inside: int64, ascending: where parts begin inside of pages, addresses.
         part: int32, of each of these.
     """
 
-    def __init__(self, pages: int) -> None:
-        self.page: Numbers = np.zeros(pages, np.int32)
+    def __init__(self) -> None:
+        self.page: Numbers = np.zeros((0, 0), np.int32)
         self.inside: Ints = np.zeros(0, np.int64)
         self.part: Numbers = np.zeros(0, np.int32)
 
@@ -34,8 +38,8 @@ class Walk:
         """Put each row's number on its pages, row by row; return what was there, as stretches of one row each.
 
         Args:
-            begin: int64, the first byte of each row.
-            end: int64, the one after the last; above ``begin``.
+            begin: int64, the address of the first byte of each row.
+            end: int64, the one after the last; above ``begin``, and in the same file.
             first: the first row's number; the others follow.
 
         Returns:
@@ -43,6 +47,10 @@ class Walk:
             last; row by row, and from the row's first page to its last.
         """
         self._know(begin[begin & (PAGE - 1) != 0])
+        last = end - 1
+        files, pages = int(last.max(initial=-1) >> FILE) + 1, (int((last & _MASK).max(initial=-1)) >> _SHIFT) + 1
+        if files > self.page.shape[0] or pages > self.page.shape[1]:
+            self.page = grown(self.page, (files, pages + pages // 2))
         return _put(begin, end, first, self.page, self.inside, self.part)
 
     def renumber(self) -> Ints:
@@ -56,15 +64,19 @@ class Walk:
         return np.flatnonzero(used)
 
     def stretches(self) -> tuple[Ints, Ints, Ints]:
-        """Return all pages, and then the parts inside of them, by stretches of the same number.
+        """Return the parts inside of pages, and then all pages, by stretches of the same number.
 
         Returns:
             int64, the number, and the stretch's first byte and the one after its last page.
         """
-        starts = np.flatnonzero(np.append(True, self.page[1:] != self.page[:-1])[: self.page.size])
-        begin = np.append(starts << _SHIFT, self.inside)
-        end = np.append(np.append(starts[1:], self.page.size) << _SHIFT, ((self.inside >> _SHIFT) + 1) << _SHIFT)
-        return np.append(self.page[starts], self.part).astype(np.int64), begin, end[: begin.size]
+        found = [(self.part.astype(np.int64), self.inside, ((self.inside >> _SHIFT) + 1) << _SHIFT)]
+        for file, page in enumerate(self.page):
+            starts = np.flatnonzero(np.append(True, page[1:] != page[:-1]))
+            first = file << FILE
+            end = np.append(starts[1:], page.size)
+            found.append((page[starts].astype(np.int64), first + (starts << _SHIFT), first + (end << _SHIFT)))
+        number, begin, end = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return number, begin, end
 
     def _know(self, inside: Ints) -> None:
         """Take in where parts begin inside of pages."""
@@ -89,7 +101,9 @@ def _put(
     for i in range(begin.size):
         number = np.int32(first + i)
         at, stop = begin[i], end[i]
-        here, last = at >> _SHIFT, (stop - 1) >> _SHIFT
+        first_byte = at & ~_MASK  # of the file
+        pages = page[at >> FILE]
+        here, last = (at - first_byte) >> _SHIFT, (stop - 1 - first_byte) >> _SHIFT
         if count + last - here + 1 > room:
             room = 2 * room + last - here
             more = np.empty((4, room), np.int64)
@@ -100,22 +114,17 @@ def _put(
             past = part[place]
             part[place] = number
         else:
-            past = page[here]
-            page[here] = number
-        others = page[here + 1 : last + 1]
-        different = 0
-        for j in range(others.size):  # mostly none; several pages a cycle
-            different += others[j] != past
-        if different:
-            for j in range(others.size):
-                was = others[j]
-                if was != past:
-                    border = (here + 1 + j) << _SHIFT
-                    found[0, count], found[1, count] = number, past
-                    found[2, count], found[3, count] = at, border
-                    count += 1
-                    at, past = border, was
-        others[:] = number
+            past = pages[here]
+            pages[here] = number
+        for other in range(here + 1, last + 1):
+            was = pages[other]
+            if was != past:
+                border = first_byte + (other << _SHIFT)
+                found[0, count], found[1, count] = number, past
+                found[2, count], found[3, count] = at, border
+                count += 1
+                at, past = border, was
+            pages[other] = number
         found[0, count], found[1, count] = number, past
         found[2, count], found[3, count] = at, stop
         count += 1

@@ -111,6 +111,22 @@ def test_blocks_are_those_of_the_address_space(trace: Builder) -> None:
     assert fates(cache(open_trace(trace.path))) == {"used": 4, "unknown": 12}
 
 
+def test_large_folios_are_those_of_the_file(trace: Builder) -> None:
+    trace.tensor(("t", 0, 8 * MB))
+    move(trace, (100, "add", "t", 505, 1), (100, "add", "t", 600, 1))
+    fault(trace, (150, 100, 0), base=BASE + 12 * PAGE)  # page 505 lies in the same 2 MiB of the file, not of addresses
+    move(trace, (200, "evict", "t", 505, 1), (200, "evict", "t", 600, 1))
+    assert fates(cache(open_trace(trace.path))) == {"unknown": 1, "wasted": 1}
+
+
+def test_a_block_of_two_large_folios_may_be_mapped_with_either(trace: Builder) -> None:
+    trace.tensor(("t", 0, 8 * MB))
+    move(trace, (100, "add", "t", 502, 12), (100, "add", "t", 2000, 12))
+    fault(trace, (150, 700, 0), base=BASE + 12 * PAGE)  # pages 500-515 are a block of addresses
+    move(trace, (200, "evict", "t", 502, 12), (200, "evict", "t", 2000, 12))
+    assert fates(cache(open_trace(trace.path))) == {"unknown": 12, "wasted": 12}
+
+
 def test_what_is_in_the_cache_at_the_end_is_used_or_pending(trace: Builder) -> None:
     trace.tensor(("t", 0, MB))
     move(trace, (100, "add", "t", 0, 16), (100, "add", "t", 16, 16))

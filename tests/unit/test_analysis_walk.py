@@ -26,7 +26,7 @@ rows = st.lists(
 def test_each_page_is_followed_in_order(moves: list[Any], batch: int) -> None:
     begin = np.array([page * PAGE + inside for page, inside, _, _ in moves], np.int64)
     end = np.array([min(page + count, PAGES) * PAGE - short for page, _, count, short in moves], np.int64)
-    walk = Walk(PAGES)
+    walk = Walk()
     state: dict[int, int] = {}  # of each part, by its first byte
     number = 1
     kept = [0]  # which row has which number
