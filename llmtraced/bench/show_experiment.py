@@ -73,8 +73,9 @@ def draw(report: Mapping[str, Any], picture: str) -> bytes:
         look = {"color": colour, "marker": mark, "label": printable(name)}
         parts[0].errorbar(at, middle, spans, capsize=3, **look)
         parts[1].plot(at, [cell["bytes_per_token"] / 1e9 for cell in cells.values()], **look)
-        parts[2].plot(at, [cell["amplification"] or 0 for cell in cells.values()], **look)
+        parts[2].plot(at, [cell["amplification"] or float("nan") for cell in cells.values()], **look)
     parts[0].set_yscale("log")
+    parts[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # not in TeX: names are shown as they are
     for axes, label in zip(parts, ("tokens/s", "GB read per token", "amplification (total / unique)"), strict=True):
         axes.set_ylabel(label)
         axes.set_xticks(range(len(levels)), levels)
