@@ -144,19 +144,24 @@ def _difference(after: Mapping[str, float], before: Mapping[str, float]) -> dict
     return {name: after[name] - before[name] for name in after}
 
 
+def _decode(server: Server, asked: _Asked) -> tuple[list[dict[str, Any]], float, int]:
+    """Ask until enough decoding was timed; return the answers, and the milliseconds of so many tokens."""
+    answers: list[dict[str, Any]] = []
+    milliseconds, timed = 0.0, 0
+    while not answers or (milliseconds < _LEAST_SECONDS * 1e3 and len(answers) < _MOST_REQUESTS):
+        answers.append(server.completion([5], asked.tokens, return_tokens=True))
+        # llama-server's clock begins when the first token is there, so it times one graph less than there are tokens.
+        milliseconds += answers[-1]["timings"]["predicted_ms"]
+        timed += answers[-1]["timings"]["predicted_n"] - 1
+    return answers, milliseconds, timed
+
+
 def _ask(server: Server, helper: int | None, group: MemoryCgroup, asked: _Asked) -> dict[str, Any]:
     """Measure decoding, then a prompt."""
-    milliseconds, graphs, timed, requests = 0.0, 0, 0, 0
-    texts = []
     before = _counters(server.pid, helper)
-    while requests == 0 or (milliseconds < _LEAST_SECONDS * 1e3 and requests < _MOST_REQUESTS):
-        answer = server.completion([5], asked.tokens, return_tokens=True)
-        # llama-server's clock begins when the first token is there, so it times one graph less than there are tokens.
-        milliseconds += answer["timings"]["predicted_ms"]
-        timed += answer["timings"]["predicted_n"] - 1
-        graphs += answer["timings"]["predicted_n"]
-        texts.append((answer["content"], answer.get("tokens")))
-        requests += 1
+    answers, milliseconds, timed = _decode(server, asked)
+    graphs = sum(answer["timings"]["predicted_n"] for answer in answers)
+    texts = [(answer["content"], answer.get("tokens")) for answer in answers]
     counted = _difference(_counters(server.pid, helper), before)
     charged = group.usage()
     found: dict[str, Any] = {
@@ -184,12 +189,7 @@ def _together(server: Server, asked: _Asked, sample: Path) -> dict[str, float]:
     with Reading(sample) as reading:
         server.completion([5], _WARM_TOKENS)
         start, before = reading.so_far()
-        milliseconds, timed, requests = 0.0, 0, 0
-        while requests == 0 or (milliseconds < _LEAST_SECONDS * 1e3 and requests < _MOST_REQUESTS):
-            answer = server.completion([5], asked.tokens)
-            milliseconds += answer["timings"]["predicted_ms"]
-            timed += answer["timings"]["predicted_n"] - 1
-            requests += 1
+        _, milliseconds, timed = _decode(server, asked)
         end, after = reading.so_far()
     return {
         "busy_ms_per_token": milliseconds / timed,
