@@ -86,7 +86,7 @@ def model_path(name: str) -> tuple[str, Path]:
     shape = MODELS[name]
     if shape is None:
         return name, ensure_gemma()
-    path = default_cache_dir() / f"experiment-{name}.gguf"
+    path = default_cache_dir() / f"experiment-{name}-{models.fingerprint(shape)}.gguf"
     if not path.exists():
         log.info("writing the %s model, %.1f GB", name, models.plan_bytes(shape) / 1e9)
         models.write(path, shape)

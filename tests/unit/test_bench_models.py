@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -82,6 +83,50 @@ def test_moe_preset_is_near_its_size(size):
     assert models.plan_bytes(shape) == pytest.approx(size, rel=0.04)
 
 
+@pytest.mark.parametrize("arch", ["qwen2moe", "deepseek", "gpt-oss"])
+def test_other_architectures_are_near_their_size_too(arch):
+    assert models.plan_bytes(models.moe_preset(3 * 10**8, arch=arch)) == pytest.approx(3 * 10**8, rel=0.04)
+
+
+def names_of(path, layer):
+    return {
+        t.name.removeprefix(f"blk.{layer}.ffn_") for t in gguf.GGUFReader(path).tensors if f".{layer}.ffn" in t.name
+    }
+
+
+def test_what_architectures_have_beside_experts(tmp_path):
+    shapes = {arch: replace(models.TINY_MOE, arch=arch) for arch in ("llama", "qwen2moe", "deepseek", "gpt-oss")}
+    paths = {arch: models.write(tmp_path / f"{arch}.gguf", shape) for arch, shape in shapes.items()}
+    experts = {f"{part}_exps.weight" for part in ("gate", "up", "down")} | {"gate_inp.weight"}
+    shared = {f"{part}_shexp.weight" for part in ("gate", "up", "down")}
+    biases = {f"{part}_exps.bias" for part in ("gate", "up", "down")} | {"gate_inp.bias"}
+    assert names_of(paths["llama"], 0) == experts | {"norm.weight"}
+    assert names_of(paths["qwen2moe"], 0) == experts | shared | {"norm.weight", "gate_inp_shexp.weight"}
+    assert names_of(paths["deepseek"], 0) == {"norm.weight", "gate.weight", "up.weight", "down.weight"}
+    assert names_of(paths["deepseek"], 1) == experts | shared | {"norm.weight"}
+    assert names_of(paths["gpt-oss"], 0) == experts | biases
+    keys = gguf.GGUFReader(paths["deepseek"]).fields
+    assert keys["deepseek.leading_dense_block_count"].contents() == 1
+    assert keys["deepseek.feed_forward_length"].contents() == (2 + 2) * 128
+    assert keys["deepseek.expert_feed_forward_length"].contents() == 128
+
+
+def test_a_bias_holds_the_popularity_of_experts(tmp_path):
+    shape = replace(models.TINY_MOE, arch="gpt-oss", routing=models.Routing(skew=1.0, topical=0.0))
+    tensors = {t.name: t.data for t in gguf.GGUFReader(models.write(tmp_path / "m.gguf", shape)).tensors}
+    assert tensors["blk.2.ffn_gate_inp.bias"].std() == pytest.approx(shape.routing.sharpness)
+    assert not tensors["blk.2.ffn_gate_inp.weight"].any()
+
+
+def test_fingerprints_differ_with_what_is_written():
+    shapes = [models.TINY_MOE, models.TINY_DENSE, replace(models.TINY_MOE, arch="qwen2moe")]
+    shapes.append(replace(models.TINY_MOE, routing=models.Routing(drift=0.31)))
+    marks = [models.fingerprint(shape) for shape in shapes]
+    assert len(set(marks)) == len(shapes)
+    assert marks[0] == models.fingerprint(replace(models.TINY_MOE))
+    assert all(len(mark) == 8 and int(mark, 16) >= 0 for mark in marks)
+
+
 def test_preset_refuses_what_it_cannot_reach():
     with pytest.raises(LlmtracedError, match="no preset is near 1000000 bytes"):
         models.moe_preset(1_000_000)
@@ -125,6 +170,10 @@ def test_split_model(tmp_path):
         ({"vocab": 100}, "at least 259"),
         ({"n_experts": 4, "n_used": 5}, "n_used"),
         ({"n_layers": 0}, "positive"),
+        ({"arch": "rwkv"}, "arch is rwkv"),
+        ({"arch": "qwen2moe"}, "needs experts"),
+        ({"arch": "deepseek", "n_experts": 4, "n_used": 2}, "more than deepseek's 1 without experts"),
+        ({"n_experts": 4, "n_used": 2, "routing": models.Routing(stickiness=2)}, "stickiness"),
     ],
 )
 def test_impossible_shapes_are_usage_errors(change, reason):

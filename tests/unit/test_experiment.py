@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from llmtraced.bench import experiment, show_experiment
+from llmtraced.bench import experiment, models, show_experiment
 from llmtraced.bench.experiment import Prompt, limit_of, model_path
 from llmtraced.commands import main
 from llmtraced.errors import LlmtracedError
@@ -48,6 +48,18 @@ def test_a_model_is_named_or_a_file(tmp_path: Path) -> None:
     assert model_path(str(file)) == ("mine", file)
     with pytest.raises(LlmtracedError, match="of gemma, dense, moe"):
         model_path("nothing")
+
+
+def test_a_model_that_was_written_otherwise_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMTRACED_CACHE", str(tmp_path))
+    monkeypatch.setattr(experiment, "MODELS", {"moe": models.TINY_MOE})
+    (tmp_path / "experiment-moe.gguf").write_bytes(b"of before")
+    first = model_path("moe")[1]
+    assert first.read_bytes()[:4] == b"GGUF"
+    written = first.stat().st_mtime_ns
+    assert model_path("moe")[1].stat().st_mtime_ns == written, "what is there is used"
+    monkeypatch.setattr(models, "_EDITION", models._EDITION + 1)
+    assert model_path("moe")[1] != first
 
 
 def test_the_prompt_is_the_same_for_every_model() -> None:
