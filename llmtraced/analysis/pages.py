@@ -173,9 +173,9 @@ class Steps:
         rows = self.rows
         return _returned(self.row, self.before, self.begin, self.end, rows.mark, rows.token, rows.tensor)
 
-    def by_block(self) -> Steps:
-        """Return the same bytes as steps that end where a block of :data:`BLOCK` pages ends."""
-        return Steps(self.rows, *_by_block(self.row, self.before, self.begin, self.end))
+    def by_block(self, some: Bools) -> Steps:
+        """Return the bytes of some of the steps as steps that end where a block of :data:`BLOCK` pages ends."""
+        return Steps(self.rows, *_by_block(some, self.row, self.before, self.begin, self.end))
 
 
 @compiled
@@ -194,15 +194,16 @@ def _returned(
 
 
 @compiled
-def _by_block(row: Ints, before: Ints, begin: Ints, end: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+def _by_block(some: Bools, row: Ints, before: Ints, begin: Ints, end: Ints) -> tuple[Ints, Ints, Ints, Ints]:
     size = BLOCK * PAGE
     count = 0
     for i in range(row.size):
-        count += (end[i] - 1) // size - begin[i] // size + 1
+        if some[i]:
+            count += (end[i] - 1) // size - begin[i] // size + 1
     found = np.empty((4, count), np.int64)
     at = 0
     for i in range(row.size):
-        low = begin[i]
+        low = begin[i] if some[i] else end[i]
         while low < end[i]:
             high = min((low // size + 1) * size, end[i])
             found[0, at], found[1, at], found[2, at], found[3, at] = row[i], before[i], low, high

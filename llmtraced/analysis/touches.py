@@ -70,13 +70,13 @@ class Evidence:
         if merged.any():
             chosen = np.where(merged & (expert >= 0), self._layer[tensor] * self._experts + expert, -1)
             used |= self._chosen.between(chosen, past, now)
-        whole = steps.only(used)
+        whole = steps.only(np.flatnonzero(used))
         yield whole, np.ones(whole.row.size, bool), np.zeros(whole.row.size, bool)
 
         time, page = self._faults.until(end)
         self._blocks.take(time, page // BLOCK)
         self._folios.take(time, self._pages.folio(page))
-        rest = steps.only(~used).by_block()
+        rest = steps.by_block(~used)
         past, now = rest.past.time, rest.now.time
         first, last = rest.begin >> _SHIFT, rest.end - 1 >> _SHIFT
         used = self._blocks.between(first // BLOCK, past, now)
@@ -104,17 +104,17 @@ class _Events:
                 break
             self._began = max(self._began, more[0])
             parts.append(more[1:])
-        time, key = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
-        ended, of, *held = _parted(time, key, now)
-        self._held = held[0], held[1]
-        return ended, of
+        ended, held = np.empty((2, 2, sum(time.size for time, _ in parts)), np.int64)
+        count = others = 0
+        for time, key in parts:
+            count, others = _parted(time, key, now, ended, count, held, others)
+        self._held = held[0, :others].copy(), held[1, :others].copy()
+        return ended[0, :count], ended[1, :count]
 
 
 @compiled
-def _parted(time: Ints, key: Ints, now: int) -> tuple[Ints, Ints, Ints, Ints]:
-    """Return time and key of the events by ``now``, and then of the others."""
-    by, after = np.empty((2, time.size), np.int64), np.empty((2, time.size), np.int64)
-    count = others = 0
+def _parted(time: Ints, key: Ints, now: int, by: Ints, count: int, after: Ints, others: int) -> tuple[int, int]:
+    """Add time and key of the events by ``now`` to ``by``, and of the others to ``after``; return their new lengths."""
     for i in range(time.size):
         if time[i] <= now:
             by[0, count], by[1, count] = time[i], key[i]
@@ -122,8 +122,7 @@ def _parted(time: Ints, key: Ints, now: int) -> tuple[Ints, Ints, Ints, Ints]:
         else:
             after[0, others], after[1, others] = time[i], key[i]
             others += 1
-    rest = after[:, :others].copy()
-    return by[0, :count], by[1, :count], rest[0], rest[1]
+    return count, others
 
 
 class _Last:
@@ -143,14 +142,12 @@ class _Last:
 
     def take(self, time: Ints, key: Ints) -> None:
         """Take in events, which are later than those taken in before; keys are not negative."""
-        before, mask = self._new[1], (1 << self._bits) - 1
-        self._newest[before >> self._bits, before & mask] = -1
-        files, keys = int(key.max(initial=-1) >> self._bits) + 1, int((key & mask).max(initial=-1)) + 1
+        files, keys = _room(key, self._bits)
         if files > self._time.shape[0] or keys > self._time.shape[1]:
             room = files, keys + keys // 2
             self._time, self._newest = grown(self._time + 1, room) - 1, grown(self._newest + 1, room) - 1
+        self._links = _linked(time, key, self._bits, self._time, self._newest, self._new[1])
         self._new = time, key
-        self._links = _linked(time, key, self._bits, self._time, self._newest)
 
     def between(self, of: Ints, since: Ints, now: Ints) -> Bools:
         """Return whether there was an event of the key ``of`` (negative: none) between ``since`` and ``now``.
@@ -164,8 +161,22 @@ class _Last:
 
 
 @compiled
-def _linked(time: Ints, key: Ints, bits: int, last: Ints, newest: Ints) -> tuple[Ints, Ints]:
-    """Return, of each event, the one of its key before it (-1: none here), and the last time before both."""
+def _room(key: Ints, bits: int) -> tuple[int, int]:
+    """Return how many files there are at least, and keys in one."""
+    files = keys = 0
+    for one in key:
+        files, keys = max(files, (one >> bits) + 1), max(keys, (one & (1 << bits) - 1) + 1)
+    return files, keys
+
+
+@compiled
+def _linked(time: Ints, key: Ints, bits: int, last: Ints, newest: Ints, old: Ints) -> tuple[Ints, Ints]:
+    """Return, of each event, the one of its key before it (-1: none here), and the last time before both.
+
+    Those of the keys ``old`` are forgotten first.
+    """
+    for one in old:
+        newest[one >> bits, one & (1 << bits) - 1] = -1
     link, before = np.empty(time.size, np.int64), np.empty(time.size, np.int64)
     for i in range(time.size):
         file, of = key[i] >> bits, key[i] & (1 << bits) - 1
