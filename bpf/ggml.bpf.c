@@ -297,6 +297,14 @@ INLINE bool starts_with_moe(char *name, char *rest, int n) {
 
 #define IDS_PER_RECORD 12
 
+// 1 if a < b, else 0. The compiler would make a branch of that, and the verifiers of older kernels (6.1) follow what
+// comes after a branch twice: in a loop of a thousand rounds, or before it, that is more than they accept.
+INLINE u64 less(s64 a, s64 b) {
+    u64 difference = a - b;
+    asm volatile("" : "+r"(difference));
+    return difference >> 63;
+}
+
 // ggml_compute_forward_get_rows(params, dst): picks the chosen experts' weights out of the router's probabilities,
 // after the choice and before the expert matrices are touched. dst "ffn_moe_weights-N", src[1] "ffn_moe_topk-N": i32
 // ids, ne[0] experts for each of ne[1] positions, rows nb[1] bytes apart.
@@ -317,45 +325,49 @@ int on_get_rows(struct pt_regs *ctx) {
     bpf_probe_read_user(&name, sizeof(name), (void *)(topk + slot->tensor_name));
     if (!starts_with_moe(name, is_topk, 4) || name[12] != '-')
         return 0;
-    u64 layer = 0;
+    u64 layer = 0, digits = 1;
 #pragma unroll
     for (int i = 13; i < 17; i++) {
-        if (name[i] < '0' || name[i] > '9')
-            break;
-        layer = layer * 10 + (name[i] - '0');
+        u64 digit = (u8)name[i] - (u64)'0';
+        digits &= less(digit, 10);
+        layer = layer * (1 + 9 * digits) + digit * digits;
     }
     bpf_probe_read_user(&ne, sizeof(ne), (void *)(topk + slot->tensor_ne));
     bpf_probe_read_user(&nb, sizeof(nb), (void *)(topk + slot->tensor_nb));
     bpf_probe_read_user(&data, sizeof(data), (void *)(topk + slot->tensor_data));
-    u64 now = bpf_ktime_get_ns();
     u32 epoch = slot->epoch;
     u64 chunks = (ne[0] + IDS_PER_RECORD - 1) / IDS_PER_RECORD, records = chunks * ne[1];
-    bool wake = count(number, epoch, PROBE_ROUTING, records);
+    struct account *account = account_of(number, epoch, PROBE_ROUTING);
+    if (!account)
+        return 0;
+    u64 before = __sync_fetch_and_add(&account->counted, records) & (LT_WAKE_EVENTS - 1);
+    u64 wake = less(LT_WAKE_EVENTS - 1, before + records), lost = 0;
+    struct event event = {};
+    stamp(&event, task, bpf_ktime_get_ns(), slot, number, epoch, KIND_ROUTE, 0);
     LOOP for (u32 i = 0; i < LT_ROUTE_RECORDS; i++) {
         if (i >= records)
             break;
         u64 position = i / chunks, chunk = i % chunks; // not counted up, so that the verifier sees one state
-        struct event *event = reserve(number, epoch, PROBE_ROUTING, 1);
-        if (event) {
-            s32 ids[IDS_PER_RECORD] = {};
-            u64 left = ne[0] - chunk * IDS_PER_RECORD;
-            u32 n = left < IDS_PER_RECORD ? left : IDS_PER_RECORD;
-            if (n <= IDS_PER_RECORD)
-                bpf_probe_read_user(&ids, n * 4, (void *)(data + position * nb[1] + chunk * IDS_PER_RECORD * 4));
-            stamp(event, task, now, slot, number, epoch, KIND_ROUTE, n);
-            u64 packed[3] = {};
+        u64 left = ne[0] - chunk * IDS_PER_RECORD, all = less(IDS_PER_RECORD, left);
+        u32 n = all * IDS_PER_RECORD + (1 - all) * left;
+        s32 ids[16] = {};
+        bpf_probe_read_user(&ids, (n & 15) * 4, (void *)(data + position * nb[1] + chunk * IDS_PER_RECORD * 4));
+        u64 packed[3] = {};
 #pragma unroll
-            for (int j = 0; j < IDS_PER_RECORD; j++)
-                packed[j / 4] |= (u64)(ids[j] & 0xffff) << (j % 4 * 16);
-            event->a = position | layer << 32;
-            event->b = packed[0];
-            event->c = packed[1];
-            event->d = packed[2];
-            submit(event, wake && i == 0);
-        }
+        for (int j = 0; j < IDS_PER_RECORD; j++)
+            packed[j / 4] |= (u64)(ids[j] & 0xffff) << (j % 4 * 16);
+        event.code = n;
+        event.a = position | layer << 32;
+        event.b = packed[0];
+        event.c = packed[1];
+        event.d = packed[2];
+        lost += less(ring.ringbuf_output(&event, sizeof(event), BPF_RB_NO_WAKEUP + wake), 0);
+        wake = 0;
     }
     // A batch larger than one program may loop over: what is left out is accounted for, not forgotten.
     if (records > LT_ROUTE_RECORDS)
-        drop(number, epoch, PROBE_ROUTING, records - LT_ROUTE_RECORDS);
+        lost += records - LT_ROUTE_RECORDS;
+    if (lost)
+        drop(number, epoch, PROBE_ROUTING, lost);
     return 0;
 }

@@ -279,6 +279,27 @@ int on_flush(struct bpf_raw_tracepoint_args *ctx) {
     return busy;
 }
 
+INLINE int record_read(struct model_file *file, u32 file_no, u64 index, u64 last) {
+    u32 slot_no = file->slot;
+    struct slot *slot = slots.lookup(&slot_no);
+    if (!slot)
+        return 0;
+    u32 epoch = slot->epoch;
+    bool wake = count(slot_no, epoch, PROBE_READS, 1);
+    struct event *event = reserve(slot_no, epoch, PROBE_READS, 1);
+    if (!event)
+        return 0;
+    stamp(event, bpf_get_current_pid_tgid(), bpf_ktime_get_ns(), slot, slot_no, epoch, KIND_READ, CAUSE_READ);
+    u64 comm[2] = {};
+    bpf_get_current_comm(&comm, sizeof(comm));
+    event->a = index | (u64)file_no << 48;
+    event->b = last - index + 1;
+    event->c = comm[0];
+    event->d = comm[1];
+    submit(event, wake);
+    return 0;
+}
+
 // A buffered read asks for pages [index, last] in several rounds, each beginning further on: one record for each read.
 struct reading {
     u64 index;
@@ -293,8 +314,7 @@ int on_read(struct bpf_raw_tracepoint_args *ctx) {
     struct model_file *file = find_file(ctx->args[0], target, &file_no);
     if (!file)
         return 0;
-    u64 task = bpf_get_current_pid_tgid();
-    u32 thread = task;
+    u32 thread = bpf_get_current_pid_tgid();
     struct reading now = {.index = ctx->args[1], .last = ctx->args[2], .file = file_no};
     struct reading *before = reading.lookup(&thread);
     bool same = before && before->file == now.file && before->last == now.last && before->index < now.index;
@@ -302,24 +322,24 @@ int on_read(struct bpf_raw_tracepoint_args *ctx) {
         *before = now;
     else
         reading.update(&thread, &now);
-    if (same)
+    return same ? 0 : record_read(file, file_no, now.index, now.last);
+}
+
+// For kernels without that tracepoint: filemap_read(struct kiocb *, struct iov_iter *, ssize_t), called once a read.
+int on_read_call(struct pt_regs *ctx) {
+    u64 request = PT_REGS_PARM1(ctx), iter = PT_REGS_PARM2(ctx);
+    u64 opened = 0, mapping = 0, inode = 0, size = 0, position = 0, bytes = 0;
+    READ_KERNEL(opened, request + LT_KIOCB_FILE);
+    READ_KERNEL(mapping, opened + LT_FILE_MAPPING);
+    u32 file_no = 0, *target = current_slot_no();
+    struct model_file *file = find_file(mapping, target, &file_no);
+    if (!file)
         return 0;
-    u32 slot_no = file->slot;
-    struct slot *slot = slots.lookup(&slot_no);
-    if (!slot)
+    READ_KERNEL(inode, mapping + LT_MAPPING_HOST);
+    READ_KERNEL(size, inode + LT_INODE_SIZE);
+    READ_KERNEL(position, request + LT_KIOCB_POS);
+    READ_KERNEL(bytes, iter + LT_ITER_COUNT);
+    if (!bytes || position >= size) // the read that finds the end asks for no page
         return 0;
-    u32 epoch = slot->epoch;
-    bool wake = count(slot_no, epoch, PROBE_READS, 1);
-    struct event *event = reserve(slot_no, epoch, PROBE_READS, 1);
-    if (!event)
-        return 0;
-    stamp(event, task, bpf_ktime_get_ns(), slot, slot_no, epoch, KIND_READ, CAUSE_READ);
-    u64 comm[2] = {};
-    bpf_get_current_comm(&comm, sizeof(comm));
-    event->a = now.index | (u64)file_no << 48;
-    event->b = now.last - now.index + 1;
-    event->c = comm[0];
-    event->d = comm[1];
-    submit(event, wake);
-    return 0;
+    return record_read(file, file_no, position >> LT_PAGE_SHIFT, (position + bytes - 1) >> LT_PAGE_SHIFT);
 }

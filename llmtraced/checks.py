@@ -23,7 +23,8 @@ from llmtraced import elf, target
 from llmtraced.cgroup import cgroup_of
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.probes import KERNEL_POINTS, MATRICES, PROCESS_POINTS, kernel, loader
-from llmtraced.probes.points import SoftwareEvent, Tracepoint
+from llmtraced.probes.attach import attach_point
+from llmtraced.probes.points import Tracepoint
 from llmtraced.probes.tracer import Tracer
 from llmtraced.requirements import IN_CONTAINER, Check, Status, all_fine, read_text, system
 from llmtraced.resolve import Extents
@@ -31,8 +32,10 @@ from llmtraced.schema import EVENT, Kind, Phase, Probe
 
 __all__ = ["Check", "Status", "all_fine", "build_id", "probes", "process", "refused", "run"]
 
-_LOST: Final = {p.program: p.lost for p in (*KERNEL_POINTS, MATRICES, *PROCESS_POINTS)}
-_OPTIONAL: Final = {p.program for p in (*KERNEL_POINTS, MATRICES, *PROCESS_POINTS) if not p.required}
+_POINTS: Final = (*KERNEL_POINTS, MATRICES, *PROCESS_POINTS)
+_OTHERWISE: Final = {p.otherwise.program: p.lost for p in KERNEL_POINTS if isinstance(p, Tracepoint) and p.otherwise}
+_LOST: Final = {p.program: p.lost for p in _POINTS} | _OTHERWISE
+_OPTIONAL: Final = {p.program for p in _POINTS if not p.required} | _OTHERWISE.keys()
 _SELF_TEST_FAULTS: Final = 61  # prime: a count that is off by a factor cannot come out right by chance
 _FAULT_AROUND: Final = 64 << 10  # a fault maps what is cached in its aligned 64 KiB (mm/memory.c, fault_around_bytes)
 
@@ -100,31 +103,19 @@ def probes(tracer: Tracer) -> Iterator[Check]:
         yield Check(f"program {name}", status, detail, "a newer kernel" if optional else "", not optional)
     yield Check("ring", "ok", f"mapped, room for {tracer.ring.capacity:,} events; {len(loaded.maps) - 1} more maps")
     for point in KERNEL_POINTS:
-        name, problem = f"attach {point.program}", _attach(point, loaded)
-        if problem:
+        name = f"attach {point.program}"
+        try:
+            attached, fds = attach_point(point, loaded)
+        except LlmtracedError as error:
             status = "missing" if point.required else "degraded"
-            yield Check(name, status, f"{problem}; lost: {point.lost}", required=point.required)
+            yield Check(name, status, f"{error}; lost: {point.lost}", required=point.required)
         else:
-            yield Check(name, "ok", f"{point}: attached and detached", required=point.required)
+            for fd in fds:
+                os.close(fd)
+            yield Check(name, "ok", f"{attached}: attached and detached", required=point.required)
     yield _uprobes(loaded)
     yield _flush(loaded)
     yield _self_test(tracer)
-
-
-def _attach(point: SoftwareEvent | Tracepoint, loaded: loader.Programs) -> str | None:
-    """Attach and detach; return why it cannot be done."""
-    program = loaded.programs.get(point.program)
-    if program is None:
-        return f"its program {point.program} was refused"
-    try:
-        if isinstance(point, Tracepoint):
-            os.close(kernel.open_tracepoint(point.name, program, str(point), typed=point.typed))
-        else:
-            for cpu in kernel.online_cpus():
-                os.close(kernel.open_software_event(point.config, cpu, program, str(point)))
-    except LlmtracedError as error:
-        return str(error)
-    return None
 
 
 def _uprobes(loaded: loader.Programs) -> Check:

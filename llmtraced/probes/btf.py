@@ -137,22 +137,27 @@ class Btf:
 
 
 def kernel_layout(btf: Btf) -> dict[str, int]:
-    """Return the ``LT_*`` constants that bpf/pagecache.bpf.c reads folios and inodes with, offsets in bytes.
+    """Return the ``LT_*`` constants that bpf/pagecache.bpf.c reads folios, inodes and requests with, offsets in bytes.
 
     Raises:
         LlmtracedError: this kernel's page cache is of a kind that we do not know.
     """
     try:
         handed = btf.tracepoint("mm_filemap_add_to_page_cache")[0]
-        page = btf.fields(handed)
+        page, inode = btf.fields(handed), btf.fields("inode")
         layout = {
             "LT_FOLIO_FLAGS": page["flags"],
             "LT_FOLIO_MAPPING": page["mapping"],
             "LT_FOLIO_INDEX": page["index"],
             "LT_MAPPING_HOST": btf.fields("address_space")["host"],
-            "LT_INODE_INO": btf.fields("inode")["i_ino"],
-            "LT_INODE_SB": btf.fields("inode")["i_sb"],
+            "LT_INODE_INO": inode["i_ino"],
+            "LT_INODE_SB": inode["i_sb"],
+            "LT_INODE_SIZE": inode["i_size"],
             "LT_SB_DEV": btf.fields("super_block")["s_dev"],
+            "LT_KIOCB_FILE": btf.fields("kiocb")["ki_filp"],
+            "LT_KIOCB_POS": btf.fields("kiocb")["ki_pos"],
+            "LT_FILE_MAPPING": btf.fields("file")["f_mapping"],
+            "LT_ITER_COUNT": btf.fields("iov_iter")["count"],
         }
         if handed == "folio":  # its number of pages, a power of two, where flags say that it is more than one
             layout["LT_PG_HEAD"] = btf.enum("pageflags")["PG_head"]

@@ -33,6 +33,7 @@ __all__ = [
     "map_lookup",
     "map_update",
     "online_cpus",
+    "open_kprobe",
     "open_software_event",
     "open_tracepoint",
     "open_uprobe",
@@ -52,7 +53,8 @@ _PERF_TYPE_SOFTWARE = 1
 _PERF_FLAG_FD_CLOEXEC = 8
 _PERF_EVENT_IOC_ENABLE, _PERF_EVENT_IOC_SET_BPF = 0x2400, 0x40042408
 _PERF_ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5
-_UPROBE_PMU = Path("/sys/bus/event_source/devices/uprobe")
+_PMUS = Path("/sys/bus/event_source/devices")
+_UPROBE_PMU = _PMUS / "uprobe"
 
 _ENDBR64 = b"\xf3\x0f\x1e\xfa"
 _EMULATED = re.compile(rb"A?[\x50-\x57]|\x90|\x0f\x1f|[\xe8\xe9\xeb]|[\x70-\x7f]", re.DOTALL)
@@ -226,6 +228,16 @@ def open_software_event(config: int, cpu: int, program: int, what: str) -> int:
     """Attach ``program`` to every occurrence of a software event on ``cpu``; closing the descriptor detaches it."""
     # A period of 1 is never throttled: the kernel throttles only the second and later samples of one occurrence.
     return _start(_perf_event_open(_attr(_PERF_TYPE_SOFTWARE, config, period=1), -1, cpu, what), program, what)
+
+
+def open_kprobe(function: str, program: int, what: str) -> int:
+    """Attach ``program``, of type KPROBE, to the entry of a kernel function; closing the descriptor detaches it."""
+    try:
+        kind = int((_PMUS / "kprobe/type").read_text())
+    except OSError as error:
+        raise LlmtracedError(f"cannot attach to {what}: this kernel has no kprobes", UNSUPPORTED) from error
+    name = ctypes.create_string_buffer(function.encode())
+    return _start(_perf_event_open(_attr(kind, 0, config1=_address(name)), -1, 0, what), program, what)
 
 
 def _code(path: str, offset: int, length: int) -> bytes:

@@ -61,6 +61,7 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "on_add": "RAW_TRACEPOINT",
     "on_evict": "RAW_TRACEPOINT",
     "on_read": "RAW_TRACEPOINT",
+    "on_read_call": "KPROBE",
     "on_flush": "RAW_TRACEPOINT",
     "on_graph": "KPROBE",
     "on_graph_return": "KPROBE",
@@ -70,7 +71,7 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "on_matrix": "UPROBE_SESSION",
     "on_get_rows": "KPROBE",
 }
-"""BPF programs and their types; uprobes are of type KPROBE, and BCC does not know uprobe sessions."""
+"""BPF programs and their types; uprobes are of type KPROBE as well, and BCC does not know uprobe sessions."""
 
 _TYPED: Final = {p.program: p.name for p in KERNEL_POINTS if isinstance(p, Tracepoint) and p.typed}
 

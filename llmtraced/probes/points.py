@@ -6,7 +6,18 @@ from dataclasses import dataclass
 
 from llmtraced.schema import Detail
 
-__all__ = ["Point", "SoftwareEvent", "Tracepoint", "Uprobe", "UprobeSession"]
+__all__ = ["Kprobe", "Point", "SoftwareEvent", "Tracepoint", "Uprobe", "UprobeSession"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kprobe:
+    """The entry of a kernel function: for kernels that have no tracepoint of the same."""
+
+    program: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"kprobe {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +25,7 @@ class Tracepoint:
     """A kernel tracepoint, attached raw: the program gets its arguments, no record is made.
 
     ``typed``: the verifier knows the types of its arguments (BTF), so that reading their fields is a plain load.
+    ``otherwise``: what is attached where this cannot be.
     """
 
     program: str
@@ -21,6 +33,7 @@ class Tracepoint:
     lost: str
     required: bool = True
     typed: bool = False
+    otherwise: Kprobe | None = None
 
     def __str__(self) -> str:
         return f"tracepoint {self.name}"

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
 from llmtraced.probes import KERNEL_POINTS, MATRICES, PROCESS_POINTS, kernel, loader
-from llmtraced.probes.points import SoftwareEvent, Tracepoint, Uprobe
+from llmtraced.probes.attach import attach_point, program
+from llmtraced.probes.points import Uprobe
 from llmtraced.probes.ringbuf import Ring
 from llmtraced.probes.shared import ACCOUNT, BOUND, CONFIG, COUNTER, FILE, OP, RANGE, SLOT, op_events
 from llmtraced.resolve import Extents
@@ -113,13 +114,7 @@ class Tracer:
             return
         for point in KERNEL_POINTS:
             try:
-                program = self._program(point.program)
-                if isinstance(point, Tracepoint):
-                    fd = kernel.open_tracepoint(point.name, program, str(point), typed=point.typed)
-                    self._kernel_fds.append(fd)
-                elif isinstance(point, SoftwareEvent):
-                    for cpu in kernel.online_cpus():
-                        self._kernel_fds.append(kernel.open_software_event(point.config, cpu, program, str(point)))
+                name, fds = attach_point(point, self.programs)
             except LlmtracedError as error:
                 if point.required:
                     self.detach()
@@ -127,7 +122,8 @@ class Tracer:
                 self.missing[str(point)] = (str(error), point.lost)
                 log.warning("%s; %s", error, point.lost)
             else:
-                self.attached.append(str(point))
+                self.attached.append(name)
+                self._kernel_fds += fds
 
     def detach(self) -> None:
         """Detach from everything; what is in the ring can still be read."""
@@ -137,12 +133,6 @@ class Tracer:
         for fds in self._process_fds.values():
             fds.clear()
         self.attached.clear()
-
-    def _program(self, name: str) -> int:
-        if name not in self.programs.programs:
-            reason = self.programs.refused.get(name, "not loaded")
-            raise LlmtracedError(f"cannot load program {name}: {reason}", UNSUPPORTED)
-        return self.programs.programs[name]
 
     # --- processes -------------------------------------------------------------------------------------------------
 
@@ -264,7 +254,7 @@ class Tracer:
                 symbol.library,
                 symbol.offset,
                 self._slot_pids[slot],
-                self._program(point.program),
+                program(self.programs, point.program),
                 str(point),
                 on_return=point.on_return,
                 cookie=slot,

@@ -45,7 +45,10 @@ def kernel(folio: str = "folio", order: str = "_flags_1") -> Types:
     qualified = t.add(10, "", union)
     page = t.struct(folio, [("flags", word, 0), ("", qualified, 192), (order, word, 512)], flag=True)
     t.struct("address_space", [("host", word, 0)])
-    t.struct("inode", [("i_sb", word, 40 * 8), ("i_ino", word, 64 * 8)])
+    t.struct("inode", [("i_sb", word, 40 * 8), ("i_ino", word, 64 * 8), ("i_size", word, 80 * 8)])
+    t.struct("file", [("f_mapping", word, 24 * 8)])
+    t.struct("kiocb", [("ki_filp", word, 0), ("ki_pos", word, 8 * 8)])
+    t.struct("iov_iter", [("count", word, 24 * 8)])
     t.struct("super_block", [("s_dev", word, 16 * 8)])
     pointer = t.add(2, "", t.add(10, "", page))
     proto = t.add(13, "", 0, struct.pack("<IIII", 0, pointer, 0, pointer), 2)
@@ -62,7 +65,12 @@ def test_fields_of_anonymous_members_behind_qualifiers() -> None:
         "LT_MAPPING_HOST": 0,
         "LT_INODE_INO": 64,
         "LT_INODE_SB": 40,
+        "LT_INODE_SIZE": 80,
         "LT_SB_DEV": 16,
+        "LT_KIOCB_FILE": 0,
+        "LT_KIOCB_POS": 8,
+        "LT_FILE_MAPPING": 24,
+        "LT_ITER_COUNT": 24,
         "LT_PG_HEAD": 5,
         "LT_FOLIO_ORDER": 64,
     }
