@@ -81,58 +81,58 @@ def offsets_with_straddles(model: Path, seed: int) -> list[int]:
     return values
 
 
-def test_major_faults_and_adds_are_exact_ten_times_of_ten(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("attempt", range(10))
+def test_major_faults_and_adds_are_exact_ten_times_of_ten(model: Path, attempt: int, tmp_path: Path) -> None:
     tensors = read_model(model).tensors
-    for attempt in range(10):
-        trace = tmp_path / f"trace{attempt}"
-        wanted = offsets_with_straddles(model, attempt)
-        assert drop_cache(model) == 0
-        capture = Capture(trace, Detail.FAULTS, flush_seconds=60)
-        with Touch(model, wanted) as touch:
-            session = capture.attach(touch.ready["pid"])
-            assert drop_cache(model) == 0  # what finding the target has read
-            before = totals(capture)
-            done = touch.go()
-            capture.step()
-            after = totals(capture)
-        account = capture.close()["account"]
-        base = touch.ready["address"]
+    trace = tmp_path / "trace"
+    wanted = offsets_with_straddles(model, attempt)
+    assert drop_cache(model) == 0
+    capture = Capture(trace, Detail.FAULTS, flush_seconds=60)
+    with Touch(model, wanted) as touch:
+        session = capture.attach(touch.ready["pid"])
+        assert drop_cache(model) == 0  # what finding the target has read
+        before = totals(capture)
+        done = touch.go()
+        capture.step()
+        after = totals(capture)
+    account = capture.close()["account"]
+    base = touch.ready["address"]
 
-        faults = table(trace, "faults")
-        assert done["majflt"] == COUNT
-        assert sorted(faults["address"].to_list()) == sorted(base + o for o in wanted)
-        assert sorted(faults["offset_bytes"].to_list()) == sorted(wanted)
-        assert faults["major"].to_list() == [True] * COUNT
-        assert faults["latency_ns"].null_count() == 0
-        assert faults["latency_ns"].min() > 0
-        by_tensor = Counter(next((t.name for t in tensors if t.offset <= o < t.offset + t.size), None) for o in wanted)
-        assert Counter(faults["tensor_name"].to_list()) == by_tensor
+    faults = table(trace, "faults")
+    assert done["majflt"] == COUNT
+    assert sorted(faults["address"].to_list()) == sorted(base + o for o in wanted)
+    assert sorted(faults["offset_bytes"].to_list()) == sorted(wanted)
+    assert faults["major"].to_list() == [True] * COUNT
+    assert faults["latency_ns"].null_count() == 0
+    assert faults["latency_ns"].min() > 0
+    by_tensor = Counter(next((t.name for t in tensors if t.offset <= o < t.offset + t.size), None) for o in wanted)
+    assert Counter(faults["tensor_name"].to_list()) == by_tensor
 
-        adds = table(trace, "pagecache").filter(
-            (pl.col("action") == "add")
-            & (pl.col("timestamp") >= done["start_ns"])
-            & (pl.col("timestamp") <= done["end_ns"])
-        )
-        assert adds["bytes"].sum() == COUNT * PAGE == done["read_bytes"]
-        assert set(adds["cause"].to_list()) == {"fault"}
-        assert set(adds["pid"].to_list()) == {touch.ready["pid"]}
-        shares: Counter[str | None] = Counter()
-        for offset in wanted:
-            shares.update(owners(model, offset // PAGE))
-        measured = dict(adds.group_by("tensor_name").agg(pl.col("bytes").sum()).iter_rows())
-        assert {k: v for k, v in measured.items() if v} == {k: v for k, v in shares.items() if v}
+    adds = table(trace, "pagecache").filter(
+        (pl.col("action") == "add")
+        & (pl.col("timestamp") >= done["start_ns"])
+        & (pl.col("timestamp") <= done["end_ns"])
+    )
+    assert adds["bytes"].sum() == COUNT * PAGE == done["read_bytes"]
+    assert set(adds["cause"].to_list()) == {"fault"}
+    assert set(adds["pid"].to_list()) == {touch.ready["pid"]}
+    shares: Counter[str | None] = Counter()
+    for offset in wanted:
+        shares.update(owners(model, offset // PAGE))
+    measured = dict(adds.group_by("tensor_name").agg(pl.col("bytes").sum()).iter_rows())
+    assert {k: v for k, v in measured.items() if v} == {k: v for k, v in shares.items() if v}
 
-        # The kernel's own totals (what Prometheus gets) say the same as the event stream.
-        assert after["major"] - before["major"] == COUNT
-        assert after["minor"] - before["minor"] == 0
-        assert after["pages"] - before["pages"] == COUNT
+    # The kernel's own totals (what Prometheus gets) say the same as the event stream.
+    assert after["major"] - before["major"] == COUNT
+    assert after["minor"] - before["minor"] == 0
+    assert after["pages"] - before["pages"] == COUNT
 
-        for name in ("faults", "pagecache"):
-            assert account[name]["dropped"] == 0
-            for cell in accounts(trace, name):
-                assert cell["counted"] == cell["delivered"] + cell["dropped"]
-        assert account["faults"]["counted"] == COUNT
-        assert session.write_error is None
+    for name in ("faults", "pagecache"):
+        assert account[name]["dropped"] == 0
+        for cell in accounts(trace, name):
+            assert cell["counted"] == cell["delivered"] + cell["dropped"]
+    assert account["faults"]["counted"] == COUNT
+    assert session.write_error is None
 
 
 def test_the_cgroup_counts_the_same(model: Path, tmp_path: Path) -> None:
