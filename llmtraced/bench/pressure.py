@@ -109,7 +109,10 @@ class MemoryCgroup:
         self.set_limit(self.limit_bytes)
 
     def set_limit(self, limit_bytes: int | None) -> None:
-        """Set the hard limit in bytes (None: none). Lowering it reclaims at once and fails if that is not possible."""
+        """Set the hard limit in bytes (None: none).
+
+        Lowering it reclaims at once. Where that is not possible version 1 refuses, and version 2 kills in the cgroup.
+        """
         name, none = ("memory.limit_in_bytes", "-1") if self.version == 1 else ("memory.max", "max")
         try:
             (self.path / name).write_text(none if limit_bytes is None else str(limit_bytes))

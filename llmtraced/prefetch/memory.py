@@ -65,11 +65,12 @@ class Memory:
             folder = os.path.dirname(folder)
         self._strikes = self._hits()
 
-    def room(self, resident: int, locked: int) -> int:
+    def room(self, resident: int | None, locked: int) -> int:
         """Return how many bytes the model's pages may take: what nothing else has, of the cgroups and the machine.
 
         Args:
-            resident: bytes of the model in the page cache, charged to the cgroup.
+            resident: bytes of the model in the page cache, charged to the cgroup; None: not known, and all of the
+                cgroup's page cache is taken for the model's, which most of it is and which gives way to it.
             locked: those of them that are locked.
         """
         least = self._available() + locked  # the rest of the model's pages is available memory by the kernel's own word
@@ -79,7 +80,8 @@ class Memory:
             if high is not None:
                 limit = high if limit is None else min(limit, high)
             if limit is not None and usage is not None:
-                least = min(least, limit - max(usage - resident, 0))
+                model = self._cached(folder) if resident is None else resident
+                least = min(least, limit - max(usage - model, 0))
         return max(least, 0)
 
     def short(self, needed: int) -> int:
@@ -94,6 +96,12 @@ class Memory:
             if limit is not None:
                 missing = max(missing, needed + self._fixed(folder) - limit)
         return missing
+
+    def _cached(self, folder: str) -> int:
+        """Return the bytes of a cgroup that are pages of files."""
+        stat = self._files.read(f"{folder}/memory.stat")
+        cache, shared = ("total_cache", "total_shmem") if self._version == 1 else ("file", "shmem")
+        return (_field(stat, cache) or 0) - (_field(stat, shared) or 0)
 
     def _fixed(self, folder: str) -> int:
         """Return the bytes of a cgroup that cannot be dropped."""

@@ -67,13 +67,11 @@ class Work:
         """Whether chunks are still being locked."""
         return self._pinner is not None and self._pinner.is_alive()
 
-    def resident(self) -> int:
-        """Return the bytes of the model in the page cache; those that we hold, where the kernel does not tell."""
-        found = [p.resident(0, p.chunks) for p in self.pages]
-        return self.pinned_bytes + self._there() if min(found) < 0 else sum(found)
-
-    def _there(self) -> int:
-        return 0 if self.stream is None else sum(state == READY for state in self.stream.state) * CHUNK
+    def resident(self) -> int | None:
+        """Return the bytes of the model in the page cache; None: to count them would take too long here."""
+        if not all(p.counted for p in self.pages):
+            return None
+        return sum(p.resident(0, p.chunks) for p in self.pages)
 
     def divide(self, budget: int, step: int) -> None:
         """Pin and stream so that ``budget`` bytes are enough, from now on, with the server at ``step``."""

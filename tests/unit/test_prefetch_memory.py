@@ -53,6 +53,20 @@ def test_what_is_not_the_model_is_taken_off_the_limit(version: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("version", [1, 2])
+def test_where_residency_is_not_known_the_cgroups_cache_is_the_models(
+    version: int, tmp_path: Path, machine: Path
+) -> None:
+    folder = group(tmp_path / "mnt" / "server", version, 1000 * MIB, 990 * MIB)
+    names = ("total_cache", "total_shmem") if version == 1 else ("file", "shmem")
+    text = "cache 1\nshmem 1\n" if version == 1 else "anon 1\n"
+    (folder / "memory.stat").write_text(f"{text}{names[0]} {760 * MIB}\n{names[1]} {20 * MIB}\npgfault 5\n")
+    m = memory(folder, version, machine)
+    assert m.room(resident=None, locked=0) == (1000 - 990 + 760 - 20) * MIB
+    (folder / "memory.stat").unlink()
+    assert memory(folder, version, machine).room(resident=None, locked=0) == 10 * MIB
+
+
+@pytest.mark.parametrize("version", [1, 2])
 def test_a_limit_that_is_changed_is_seen(version: int, tmp_path: Path, machine: Path) -> None:
     folder = group(tmp_path / "mnt" / "server", version, 1000 * MIB, 900 * MIB)
     m = memory(folder, version, machine)
