@@ -63,6 +63,27 @@ kernel: install ## real probes, real faults, exact counts (root)
 e2e: install ## a real llama-server with a real model (root)
 	$(AS_ROOT) $(BIN)/python -m pytest tests/e2e -q
 
+# Another kernel, its headers and virtme-ng go into the cache and .venv; QEMU is the machine's. KERNEL=linux-image-...
+# takes another one that apt knows. tests/guest/boot.py says what a guest is, docs/compatibility.md what came out.
+KERNEL ?= linux-image-amd64
+GUEST = $(AS_ROOT) $(BIN)/python tests/guest/boot.py --kernel '$(KERNEL)' --server --
+GUEST_KERNEL := tests/kernel/test_pressure_real.py tests/kernel/test_prefetch_pages.py \
+  'tests/kernel/test_exact.py::test_major_faults_and_adds_are_exact_ten_times_of_ten[0]' \
+  tests/kernel/test_exact.py::test_causes_are_told_apart
+GUEST_E2E := tests/e2e/test_record_server.py::test_the_experts_chosen_are_the_experts_touched \
+  tests/e2e/test_prefetch.py::test_tokens_stay_the_same_and_reads_fall \
+  tests/e2e/test_prefetch.py::test_a_kill_leaves_nothing_pinned
+
+test-guest: install ## what depends on the kernel, under Debian's own one in QEMU (root, half an hour)
+	@missing=""; \
+	for tool in qemu-system-x86_64:qemu-system-x86 busybox:busybox-static /sbin/depmod:kmod udevadm:udev; do \
+	  command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; done; \
+	test -z "$$missing" || DEBIAN_FRONTEND=noninteractive $(AS_ROOT) apt-get install -y -qq --no-install-recommends $$missing >/dev/null
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[guest]'
+	$(GUEST) llmtraced check
+	$(GUEST) pytest -q $(GUEST_KERNEL)
+	$(GUEST) pytest -q $(GUEST_E2E)
+
 fmt: install ## format Python and BPF sources
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format .
@@ -75,4 +96,4 @@ bench: install ## measure this tool on this machine
 clean: ## remove what was built here (not the cache in ~/.cache/llmtraced)
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help demo install system test lint types unit kernel e2e fmt bench clean
+.PHONY: help demo install system test lint types unit kernel e2e test-guest fmt bench clean

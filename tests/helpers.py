@@ -9,12 +9,15 @@ from typing import Final, TypeVar
 
 import pytest
 
-__all__ = ["SWITCHES", "need", "wait_until"]
+__all__ = ["EMULATED", "SWITCHES", "need", "wait_until"]
 
 T = TypeVar("T")
 
 SWITCHES: Final = {"kernel": "LLMTRACED_KERNEL", "e2e": "LLMTRACED_E2E"}
 """Marker → environment variable. Unset: skip where something is missing; 1: that is a failure; 0: off."""
+
+EMULATED: Final = os.environ.get("LLMTRACED_EMULATED") == "1"
+"""The processor is an emulated one, 10 to 20 times slower: models are smaller then, and more is waited for."""
 
 
 def need(ok: object, what: str, marker: str = "kernel") -> None:
@@ -34,7 +37,11 @@ def need(ok: object, what: str, marker: str = "kernel") -> None:
 
 
 def wait_until(condition: Callable[[], T], seconds: float, what: str) -> T:
-    """Return what ``condition`` returns as soon as it is true; fail, naming ``what``, after ``seconds``."""
+    """Return what ``condition`` returns as soon as it is true; fail, naming ``what``, after ``seconds``.
+
+    Ten times as long where the processor is emulated.
+    """
+    seconds *= 10 if EMULATED else 1
     deadline = time.monotonic() + seconds
     while not (result := condition()):
         if time.monotonic() > deadline:

