@@ -46,7 +46,7 @@ __all__ = [
 _TILE_BLOCKS: Final = 65_537
 """Blocks of 32 weights in the reused tile. A prime, so that no two rows, tensors or experts start at the same block."""
 
-_EDITION: Final = 2
+_EDITION: Final = 3
 """Of what is written for a shape: to be raised when that changes, so that :func:`fingerprint` does."""
 
 

@@ -62,8 +62,8 @@ class Routing:
             not change which are chosen.
     """
 
-    skew: float = 0.2
-    topical: float = 0.5
+    skew: float = 0.12
+    topical: float = 0.45
     topics: int = 24
     stickiness: float = 0.9
     drift: float = 0.3

@@ -185,7 +185,8 @@ def _layer_plan(shape: Shape, n: int, kind: gguf.GGMLQuantizationType) -> Iterat
     yield from (matrix("attn_q", embd, embd), matrix("attn_k", kv, embd), matrix("attn_v", kv, embd))
     if arch.qkv_bias:
         yield from (bias("attn_q", embd), bias("attn_k", kv), bias("attn_v", kv))
-    yield matrix("attn_output", embd, embd)
+    # A mixture's drift is to be that of its experts: attention, with random weights, adds about the same every time.
+    yield matrix("attn_output", embd, embd, std=HIDDEN_STD * (shape.routing.drift if experts else 1))
     if arch.biases:
         yield from (bias("attn_output", embd), _f32(f"{b}.attn_sinks.weight", shape.n_heads, std=1.0))
     yield _f32(f"{b}.{arch.ffn_norm}.weight", embd)
