@@ -328,7 +328,7 @@ int on_get_rows(struct pt_regs *ctx) {
     u64 layer = 0, digits = 1;
 #pragma unroll
     for (int i = 13; i < 17; i++) {
-        u64 digit = (u8)name[i] - (u64)'0';
+        u64 digit = (u8)(name[i] - '0'); // what is no digit is a large number
         digits &= less(digit, 10);
         layer = layer * (1 + 9 * digits) + digit * digits;
     }
