@@ -174,8 +174,9 @@ def test_exactly_the_chunk_is_read_and_it_is_not_mapped_here(path: str, chunk: i
     pages.read(chunk, path, bytearray(CHUNK))
     there = chunks_there(pages)
     assert there.pop(chunk) == whole(pages.length(chunk))
-    # What the device reads in one request may go over an edge by some pages, but no chunk beside it is read.
-    assert sum(there.values()) <= CHUNK // 8
+    # What the device reads in one request may go over an edge by some pages, but no chunk beside it is read. Only of
+    # what follows a read(2) do kernels read as much as they like (6.1: most of a chunk).
+    assert sum(there.values()) <= (CHUNK if path == "pread" else CHUNK // 8)
     assert ours(file) == before == 0
 
 
