@@ -9,6 +9,8 @@ own compute graph, and works if they read from disk. Ctrl-C ends it, and the ker
   pin      only pin what fits
   pattern  only read ahead, by readahead(2)
   uring    only read ahead, by io_uring (needs the package liburing)
+  moe      as auto, and fetch a mixture's experts as they are chosen, keep the hot ones. Not yet part of auto: it wins
+           where readahead is megabytes and memory a fraction of the model, and loses elsewhere
   off      do nothing, and say what would be managed
 """
 
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pid", metavar="PID", type=int, required=True, help="the server")
     parser.add_argument(
         "--strategy",
-        choices=("auto", "pin", "pattern", "uring", "off"),
+        choices=("auto", "pin", "pattern", "uring", "moe", "off"),
         default="auto",
         help="what to do (default auto)",
     )
@@ -55,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="how to follow the server (default auto)",
     )
+    parser.add_argument(
+        "--ahead", metavar="N", type=int, choices=(0, 1, 2), default=1, help="layers that experts are guessed ahead (1)"
+    )
     parser.add_argument("--no-join", action="store_true", help="stay out of the server's memory cgroup")
     parser.add_argument("--metrics", metavar="FILE", type=Path, help="write Prometheus metrics here, once a second")
     parser.add_argument("--json", action="store_true", help="print the summary at the end as JSON")
@@ -76,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
             path=args.path,
             trial=args.trial,
             join=not args.no_join,
+            ahead=args.ahead,
             clock=args.clock,
             metrics=args.metrics,
             json=args.json,

@@ -7,17 +7,20 @@ import os
 import select
 import struct
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-__all__ = ["BEGIN", "END", "PageTable", "Tick", "TickRing"]
+__all__ = ["BEGIN", "END", "EXPERTS", "INPUT", "PageTable", "Tick", "TickRing", "choices", "next_step"]
 
-BEGIN, END = 0xFFFFFFFF, 0xFFFFFFFE  # llmtraced/probes/ticks.py, bpf/ticks.bpf.c
+BEGIN, END = 0xFFFFFFFF, 0xFFFFFFFE  # llmtraced/probes/ticks.py, bpf/ticks.bpf.c; so are the next two lines
+INPUT, EXPERTS = 2, 3  # wakes: what is to be told besides that an operator begins
+_EXPERTS = 16  # room for a token of a batch
 _PAGE = 4096
 _BUSY, _DISCARD = 1 << 31, 1 << 30  # BPF_RINGBUF_BUSY_BIT, BPF_RINGBUF_DISCARD_BIT: include/uapi/linux/bpf.h
 _RECORD = struct.Struct("<QIIQ")
 
-Tick = tuple[int, int, int, int]
-"""(time in ns, CLOCK_MONOTONIC; graphs so far; BEGIN, END or the number of a mark; tokens in the batch of a BEGIN)"""
+Tick = tuple[int, int, int, int, bytes]
+"""(time in ns, CLOCK_MONOTONIC; graphs so far; BEGIN, END or the number of a mark; tokens in the batch of a BEGIN, or
+what bpf/ticks.bpf.c says of the mark; the input, float32, or which experts were chosen, for :func:`choices`)"""
 
 
 class TickRing:
@@ -39,11 +42,11 @@ class TickRing:
         self._poll = select.epoll()
         self._poll.register(ring, select.EPOLLIN)
 
-    def wake_at(self, marks: Sequence[int]) -> None:
-        """Be told of these marks, and no others."""
+    def wake_at(self, marks: Mapping[int, int]) -> None:
+        """Be told of these marks, and no others; the values are 1, :data:`INPUT` or :data:`EXPERTS`."""
         self._wakes[:] = bytes(len(self._wakes))
-        for mark in marks:
-            struct.pack_into("<Q", self._wakes, mark * 8, 1)
+        for mark, what in marks.items():
+            struct.pack_into("<Q", self._wakes, mark * 8, what)
 
     @property
     def lost(self) -> int:
@@ -67,10 +70,19 @@ class TickRing:
             if length & _BUSY:
                 break
             if not length & _DISCARD:
-                found.append(_RECORD.unpack_from(self._data, place + 8))
+                more = self._data[place + 8 + _RECORD.size : place + 8 + length]
+                found.append((*_RECORD.unpack_from(self._data, place + 8), more))
             at += (length & ~_DISCARD) + 15 & ~7
         struct.pack_into("<Q", self._consumer, 0, at)
         return found
+
+
+def choices(value: int, experts: bytes) -> list[tuple[int, ...]]:
+    """Return the experts chosen, one tuple a token of the batch; empty: there are too many tokens to tell."""
+    count, rows = value & 0xFFFFFFFF, value >> 32
+    if not experts:
+        return []
+    return [struct.unpack_from(f"<{count}i", experts, 4 * _EXPERTS * row) for row in range(rows)]
 
 
 class PageTable:

@@ -29,6 +29,7 @@ from llmtraced.prefetch import plan as plans
 from llmtraced.prefetch.clock import BEGIN, TickRing
 from llmtraced.prefetch.plan import Plan
 from llmtraced.prefetch.policy import CHUNK
+from llmtraced.prefetch.routing import mixture
 from llmtraced.probes import ticks as tick_probes
 from llmtraced.probes.ticks import Ticks
 from llmtraced.target import ModelFile, Target, find_target
@@ -38,18 +39,20 @@ __all__ = ["STRATEGIES", "Options", "live_plan", "run"]
 log = logging.getLogger(__name__)
 
 STRATEGIES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "auto": {"pin": True, "stream": True, "evict": True, "path": ""},
-    "pin": {"pin": True, "stream": False, "evict": True, "path": "huge"},
-    "pattern": {"pin": False, "stream": True, "evict": False, "path": "readahead"},
-    "uring": {"pin": False, "stream": True, "evict": False, "path": "uring"},
-    "off": {"pin": False, "stream": False, "evict": False, "path": "huge"},
+    "auto": {"pin": True, "stream": True, "evict": True, "experts": False, "path": ""},
+    "pin": {"pin": True, "stream": False, "evict": True, "experts": False, "path": "huge"},
+    "pattern": {"pin": False, "stream": True, "evict": False, "experts": False, "path": "readahead"},
+    "uring": {"pin": False, "stream": True, "evict": False, "experts": False, "path": "uring"},
+    "moe": {"pin": True, "stream": True, "evict": True, "experts": True, "path": ""},
+    "off": {"pin": False, "stream": False, "evict": False, "experts": False, "path": "huge"},
 }
-"""What each does: pin chunks, stream the rest ahead of the server, give back behind it, and by which way of reading
-(empty: a short calibration says)."""
+"""What each does: pin chunks, stream the rest ahead of the server, give back behind it, keep and fetch a mixture's
+experts, and by which way of reading (empty: a short calibration says)."""
 
 _GRAPH_TRIES: Final = 8
 _SLACK_SHARE: Final = 200  # one part in so many of the memory stays free, and
 _LEAST_SLACK: Final = 8 << 20
+_MOST_WIDTH: Final = 16_384
 _NEVER: Final = 1 << 40  # tokens to watch first
 _WAIT_SECONDS: Final = 5.0  # between lines that say what is waited for
 
@@ -73,6 +76,7 @@ class Options:
         path: a way of reading (pages.PATHS or ``uring``); empty: the strategy's own.
         trial: tokens to watch before engaging; 0: engage at once and never compare.
         join: join the server's memory cgroup.
+        ahead: layers ahead of the server that a mixture's experts are guessed, 0 to 2.
         clock: ``ticks``, ``pagetable``, or ``auto``: ticks where they can be had.
         metrics: write metrics to this file, in Prometheus's text format.
         json: print the summary as JSON.
@@ -87,6 +91,7 @@ class Options:
     path: str = ""
     trial: int = 3
     join: bool = True
+    ahead: int = 1
     clock: str = "auto"
     metrics: Path | None = None
     json: bool = False
@@ -112,18 +117,30 @@ def run(pid: int, options: Options) -> NoReturn:
             f"{printable(str(options.plan))} is a plan of {printable(given.model)} ({given.fingerprint}), but process "
             f"{pid} runs {printable(label)} ({model.fingerprint}); make one with `llmtraced plan`"
         )
-    ticks = _open_clock(target, options.clock)
+    ticks = _open_clock(target, options.clock, _width(model))
     marks: list[list[int]] = []
     unbacked: set[str] = set()
+    experts: dict[str, Any] | None = None
+    merged = {tensor.name for tensor in model.tensors if tensor.n_experts}
+    if options.strategy == "moe" and (not merged or ticks is None):
+        why = "not a mixture of experts" if not merged else "not to be seen at work"
+        raise LlmtracedError(f"{printable(label)} is {why}: use the strategy auto", UNSUPPORTED)
     if ticks is not None:
         layout, graph = _learn(target, label, model, ticks)
         learned = given or plans.from_graph(label, model, graph, layout)
-        marks = _set_marks(ticks, layout, graph, learned)
+        marks, numbers = _set_marks(ticks, layout, graph, learned)
         unbacked = _unbacked(graph, files)
+        if merged and STRATEGIES[options.strategy]["experts"]:
+            experts = _experts(model, layout, graph, numbers, unbacked & merged)
     else:
         learned = given or plans.from_tensors(label, model)
-    _warn(model, learned, unbacked)
+    _warn(learned, unbacked)
+    if merged and experts is None:
+        log.warning("a mixture of experts: what every token uses is managed, its experts are left to the kernel")
     config = configuration(target, label, files, learned, unbacked, ticks, marks, options)
+    config["mixture"], config["ahead"] = experts, options.ahead
+    if experts is not None and experts["code"] is not None:
+        config["keep"].append(experts["code"])
     config["keep"].append(only.detach())
     become(config, target, options)
 
@@ -143,7 +160,7 @@ def live_plan(pid: int) -> Plan:
         ticks.close()
     plan = plans.from_graph(label, model, graph, layout)
     unbacked = _unbacked(graph, [f for f in target.files if f.label == label])
-    _warn(model, plan, unbacked)
+    _warn(plan, unbacked)
     return replace(plan, entries=tuple(e for e in plan.entries if e.tensor_name not in unbacked))
 
 
@@ -178,11 +195,18 @@ def _main_model(target: Target) -> tuple[str, Model]:
     return label, target.models[label]
 
 
-def _open_clock(target: Target, wanted: str) -> Ticks | None:
+def _width(model: Model) -> int:
+    """Return the length of the inputs that a mixture's clock is to tell; 1, which none is: no mixture, or too long."""
+    width = model.metadata.get(f"{model.architecture}.embedding_length")
+    merged = any(tensor.n_experts for tensor in model.tensors)
+    return width if merged and isinstance(width, int) and 1 < width <= _MOST_WIDTH else 1
+
+
+def _open_clock(target: Target, wanted: str, width: int) -> Ticks | None:
     if wanted == "pagetable":
         return None
     try:
-        ticks = tick_probes.open_ticks(target.pid, target.symbols)
+        ticks = tick_probes.open_ticks(target.pid, target.symbols, width)
     except LlmtracedError as error:
         if wanted == "ticks":
             raise
@@ -210,7 +234,7 @@ def _learn(target: Target, label: str, model: Model, ticks: Ticks) -> tuple[Layo
     tries, told = 0, time.monotonic()
     log.info("waiting for process %d to evaluate a token", target.pid)
     while True:
-        for _, _, mark, value in ring.wait(0.5):
+        for _, _, mark, value, _ in ring.wait(0.5):
             if mark != BEGIN:
                 continue
             try:
@@ -238,8 +262,26 @@ def known_weights(target: Target, label: str, model: Model) -> dict[str, ggml_la
     return ggml_layout.known_weights({label: model}, address)
 
 
-def _set_marks(ticks: Ticks, layout: Layout, graph: Graph, plan: Plan) -> list[list[int]]:
-    """Tell the clock which weights to look for; return the steps at which each is used, by the number of its mark."""
+def _experts(
+    model: Model, layout: Layout, graph: Graph, numbers: Mapping[str, int], copied: set[str]
+) -> dict[str, Any] | None:
+    """Return what the sidecar is told of the model's experts; None, with a reason: they cannot be managed."""
+    if copied:
+        log.warning("%d of its merged matrices are copies in its own memory: try --no-repack", len(copied))
+        return None
+    try:
+        return mixture(model, graph, layout, numbers)
+    except LlmtracedError as error:
+        log.warning("%s", error)
+        return None
+
+
+def _set_marks(ticks: Ticks, layout: Layout, graph: Graph, plan: Plan) -> tuple[list[list[int]], dict[str, int]]:
+    """Tell the clock which weights to look for.
+
+    Returns:
+        The steps at which each is used, by the number of its mark; and the numbers by the weights' names.
+    """
     steps: dict[str, list[int]] = {}
     for entry in plan.entries:
         steps.setdefault(entry.tensor_name, []).append(entry.step)
@@ -247,7 +289,7 @@ def _set_marks(ticks: Ticks, layout: Layout, graph: Graph, plan: Plan) -> list[l
     seen = {graph.weights[a][1]: graph.weights[a][0] for a in firsts if a in graph.weights}
     addresses = sorted(data for data, name in seen.items() if name in steps)[: tick_probes.MARKS]
     ticks.set_layout(layout, addresses)
-    return [steps[seen[address]] for address in addresses]
+    return [steps[seen[address]] for address in addresses], {seen[a]: number for number, a in enumerate(addresses)}
 
 
 def _unbacked(graph: Graph, files: list[ModelFile]) -> set[str]:
@@ -256,14 +298,12 @@ def _unbacked(graph: Graph, files: list[ModelFile]) -> set[str]:
     return {name for name, data in graph.weights.values() if not any(s <= data < e for s, e in ranges)}
 
 
-def _warn(model: Model, plan: Plan, unbacked: set[str]) -> None:
+def _warn(plan: Plan, unbacked: set[str]) -> None:
     if unbacked:
         log.warning(
             "%d of its weights are copies in its own memory (repacked); they cannot be managed: try --no-repack",
             len(unbacked),
         )
-    if any(tensor.n_experts for tensor in model.tensors):
-        log.warning("a mixture of experts: what every token uses is managed, its experts are left to the kernel")
     if not any(entry.whole for entry in plan.entries):
         raise LlmtracedError("no weight of this model is used whole by each token: nothing can be planned", UNSUPPORTED)
 

@@ -53,6 +53,13 @@ def _check(result: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
+def _mapped(fd: int, size: int) -> int:
+    address: int = _libc.mmap(None, size, _PROT_READ, _MAP_SHARED, fd, 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return address
+
+
 class Pages:
     """A model file, mapped here and in the server.
 
@@ -71,10 +78,8 @@ class Pages:
         self.fd, self.pidfd, self.maps = fd, pidfd, sorted(maps)
         self.size = os.fstat(fd).st_size
         # The kernel aligns a mapping of 2 MiB and more so that its huge pages fit (thp_get_unmapped_area).
-        address = _libc.mmap(None, self.size, _PROT_READ, _MAP_SHARED, fd, 0)
-        if address == ctypes.c_void_p(-1).value:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        self._base: int = address
+        self._base = address = _mapped(fd, self.size)
+        self._small = 0  # mapped once more, without huge pages, where ranges are held
         whole = self.size // _PAGE * _PAGE
         self.huge = _libc.madvise(address, whole, _MADV_HUGEPAGE) == 0
         # Only what is asked for: without this a huge-page fault reads the next chunk, too.
@@ -84,6 +89,8 @@ class Pages:
     def close(self) -> None:
         """Unmap the file here; what was locked is no longer."""
         _libc.munmap(self._base, self.size)
+        if self._small:
+            _libc.munmap(self._small, self.size)
 
     @property
     def chunks(self) -> int:
@@ -187,17 +194,66 @@ class Pages:
         for start, length in self.server_ranges(chunk):
             self._advise_server(start, length, _MADV_PAGEOUT)
 
+    def address(self, offset: int) -> int:
+        """Return where a byte of the file is mapped here."""
+        return self._base + offset
+
+    def ask(self, offset: int, length: int) -> None:
+        """Have any range read, without waiting for it: its pages are in the cache, locked until they have come.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        for at in range(offset, offset + length, _PIECE):
+            _check(_libc.readahead(self.fd, at, min(_PIECE, offset + length - at)))
+
+    def hold(self, offset: int, length: int) -> None:
+        """Keep the pages of any range in memory, once they have come, until :meth:`let_go`.
+
+        Raises:
+            OSError: as :meth:`pin`.
+        """
+        if not self._small:
+            self._small = _mapped(self.fd, self.size)
+            _libc.madvise(self._small, self.size, _MADV_RANDOM)
+        first = offset // _PAGE * _PAGE
+        _check(_libc.mlock(self._small + first, offset + length - first))
+
+    def let_go(self, offset: int, length: int) -> None:
+        """Undo :meth:`hold` for the whole pages of a range."""
+        first, last = -(-offset // _PAGE) * _PAGE, (offset + length) // _PAGE * _PAGE
+        if first < last:
+            _libc.munlock(self._small + first, last - first)
+            _libc.madvise(self._small + first, last - first, _MADV_DONTNEED)
+
+    def give_back_range(self, offset: int, length: int) -> None:
+        """Do as :meth:`give_back` and :meth:`drop` with the whole pages of any range; others use the pages at its ends.
+
+        Raises:
+            OSError: the server has ended.
+        """
+        first, last = -(-offset // _PAGE) * _PAGE, (offset + length) // _PAGE * _PAGE
+        for start, end, at in self.maps:
+            low, high = max(first, at), min(last, at + end - start)
+            if low < high:
+                self._advise_server(start + low - at, high - low, _MADV_PAGEOUT)
+        os.posix_fadvise(self.fd, first, max(last - first, 0), os.POSIX_FADV_DONTNEED)
+
     def drop(self, chunk: int) -> None:
         """Drop a chunk that nobody has mapped from the page cache."""
         os.posix_fadvise(self.fd, chunk * CHUNK, self.length(chunk), os.POSIX_FADV_DONTNEED)
 
     def resident(self, chunk: int, count: int = 1) -> int:
         """Return how many bytes of ``count`` chunks are in the page cache; slow where they are not ``counted``."""
-        offset, length = chunk * CHUNK, min(count * CHUNK, self.size - chunk * CHUNK)
+        return self.resident_range(chunk * CHUNK, min(count * CHUNK, self.size - chunk * CHUNK))
+
+    def resident_range(self, offset: int, length: int) -> int:
+        """Return how many bytes of the pages of any range are in the page cache; slow where not ``counted``."""
         found = self._cachestat(offset, length)
         if found is None:  # mincore(2) looks at each page: some 0.1 us
-            there = ctypes.create_string_buffer(-(-length // _PAGE))
-            _check(_libc.mincore(self._base + offset, length, there))
+            first = offset // _PAGE * _PAGE
+            there = ctypes.create_string_buffer(-(-(offset + length - first) // _PAGE))
+            _check(_libc.mincore(self._base + first, offset + length - first, there))
             found = there.raw.count(b"\1")
         return found * _PAGE
 

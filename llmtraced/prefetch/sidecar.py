@@ -20,6 +20,7 @@ from llmtraced.prefetch import governor as states
 from llmtraced.prefetch.clock import BEGIN, END, PageTable, TickRing, next_step
 from llmtraced.prefetch.governor import Governor
 from llmtraced.prefetch.memory import Memory, anonymous_bytes
+from llmtraced.prefetch.mixture import Mixture
 from llmtraced.prefetch.pages import Pages
 from llmtraced.prefetch.policy import CHUNK, IDLE, lay_out
 from llmtraced.prefetch.told import metrics_text, words
@@ -56,13 +57,17 @@ class Sidecar:
         self.total = sum(c.nbytes for c in self.chunks)
         self.memory = Memory(config["cgroup"]["folder"], config["cgroup"]["version"])
         self.slack: int = config["slack"]
-        self.governor = Governor(self.total, config["trial"])
+        told = config["mixture"]
+        chosen = sum(told["n_used"] * sum(n for *_, n in layer["slices"]) for layer in told["layers"]) if told else 0
+        self.governor = Governor(self.total + chosen, config["trial"])
         self.strategy: dict[str, Any] = config["strategy"]
         self.marks: list[list[int]] = config["marks"]  # steps at which each mark's weight is used
         ticks = config["ticks"]
         self.ring = TickRing(*(ticks[n] for n in ("ring", "clocks", "wakes", "ring_bytes", "marks"))) if ticks else None
         self.table = PageTable(self.pid)
         self.work: Work | None = None
+        self.mixture: Mixture | None = None
+        self.experts: dict[str, Any] = {}  # what was last told of them
         self.budget = 0
         self.tokens = 0
         self.speeds: dict[str, dict[str, float]] = {}
@@ -129,7 +134,12 @@ class Sidecar:
     def _stop(self, *_: object) -> None:
         self.stopping = True
 
-    def _tick(self, ts: int, _token: int, mark: int, value: int) -> None:
+    def _tick(self, ts: int, _token: int, mark: int, value: int, experts: bytes) -> None:
+        if self.mixture is not None:
+            if mark == BEGIN:
+                self.mixture.begin()
+            elif self.mixture.tick(mark, value, experts):
+                return
         if mark == BEGIN:
             self._begun, self._batch = ts, value
             self._step = IDLE
@@ -145,7 +155,10 @@ class Sidecar:
     def _token_ended(self, duration_ns: int, batch: int) -> None:
         self.tokens += 1
         before, self._server_read = self._server_read, self._read_bytes()
-        if self.governor.token(duration_ns, batch, self._server_read - before, time.monotonic()):
+        read = self._server_read - before
+        if self.mixture is not None:
+            self.mixture.ended(read)
+        if self.governor.token(duration_ns, batch, read, time.monotonic()):
             self._obey()
 
     def _obey(self) -> None:
@@ -197,6 +210,8 @@ class Sidecar:
         self.work = Work(
             self.pages, self.chunks, self.strategy, path, self.config["window"], self.config["depth"], _say
         )
+        if self.config["mixture"] and self.ring is not None and self.strategy["experts"]:
+            self.mixture = Mixture(self.pid, self.pages, self.config["mixture"], self.config["ahead"], _say)
         self.memory.struck()
         self._engaged, self._strikes, self.slack = time.monotonic(), 0, self.config["slack"]
         self.budget = self._room()
@@ -208,10 +223,11 @@ class Sidecar:
         if self.work is None or not self.work.pinned or now - self._guarded < _GUARD_SECONDS:
             return
         self._guarded = now
-        window = self.work.window if self.strategy["stream"] else 0
+        window = self.work.window if self.work.stream is not None else 0
         short = self.memory.short(window + self.slack)
         if short > self.slack // 2:
-            self._relieved += self.work.relieve(short)
+            given = self.mixture.relieve(short) if self.mixture is not None else 0
+            self._relieved += given + (self.work.relieve(short - given) if given < short else 0)
 
     def _check_reads(self) -> None:
         """Where no tokens are seen: find out from what the server reads whether to engage."""
@@ -220,37 +236,51 @@ class Sidecar:
             if self.governor.reading(self._server_read - before):
                 self._obey()
 
+    def _locked(self) -> int:
+        """Return the bytes that are locked."""
+        pinned = self.work.pinned_bytes if self.work is not None else 0
+        return pinned + (self.mixture.locked_bytes if self.mixture is not None else 0)
+
     def _room(self) -> int:
         """Return the bytes that the model's chunks may take."""
         assert self.work is not None
         # Usage and residency cannot be read at the same moment, and megabytes move between two readings.
         count = 3 if self.strategy["stream"] else 1
-        looks = sorted(self.memory.room(self.work.resident(), self.work.pinned_bytes) for _ in range(count))
+        small = self.mixture is not None  # pages: to count them would take too long
+        looks = sorted(self.memory.room(None if small else self.work.resident(), self._locked()) for _ in range(count))
         room = max(looks[count // 2] - self.slack, 0)
         asked: int | None = self.config["budget"]
         return room if asked is None else min(room, asked)
 
     def _divide(self) -> None:
         assert self.work is not None
-        enough = self.budget >= self.total + self.slack and not self.config["partial"]
+        experts = self.mixture.total if self.mixture is not None else 0
+        enough = self.budget >= self.total + experts + self.slack and (experts or not self.config["partial"])
         if self.strategy["pin"] and enough and self.governor.fits():
             self._obey()
             return
         self.work.divide(self.budget, self._step)
+        if self.mixture is not None:
+            self.mixture.hold(max(self.budget - self.total, 0))
         self.governor.settled()
         if self.ring is not None:
-            self.work.wake(self.ring, self.marks)
+            wakes = dict.fromkeys(self.work.wakes(self.marks), 1)
+            self.ring.wake_at(wakes | (self.mixture.wakes() if self.mixture is not None else {}))
         self._move(self._step, time.monotonic_ns())
 
     def release(self) -> None:
         """Let go of everything; the kernel manages the model's pages again."""
+        if self.mixture is not None:
+            self.mixture.release()
+            self.experts = self.mixture.summary()
+            self.mixture = None
         if self.work is not None:
             self.work.release()
             for name, value in self.work.totals.items():
                 self.totals[name] = self.totals.get(name, 0) + value
             self.work = None
         if self.ring is not None:
-            self.ring.wake_at([])
+            self.ring.wake_at({})
 
     def _move(self, step: int, now_ns: int) -> None:
         if self.work is not None:
@@ -262,6 +292,8 @@ class Sidecar:
         if work is None:
             return
         work.sweep()
+        if self.mixture is not None:
+            self.mixture.sweep()
         if work.pinning:
             self.governor.settled()
             return
@@ -319,7 +351,7 @@ class Sidecar:
             "tokens": self.tokens,
             "model_bytes": self.total,
             "budget_bytes": self.budget,
-            "pinned_bytes": self.work.pinned_bytes if self.work else 0,
+            "pinned_bytes": self._locked(),
             "window_bytes": self.work.window if self.work else 0,
             "path": self.work.path if self.work else "",
             "clock": "ticks" if self.ring is not None else "page table",
@@ -330,6 +362,7 @@ class Sidecar:
             "in_time_share": t["used"] / asked if asked else None,
             "mean_ahead_s": t["ahead_ns"] / t["used"] / 1e9 if t["used"] else None,
             "failed_reads": t["failed"],
+            "experts": self.mixture.summary() if self.mixture is not None else self.experts or None,
             "ticks_lost": self.ring.lost if self.ring is not None else 0,
             "token_s_without": without_ns[len(without_ns) // 2] / 1e9 if without_ns else None,
             "token_s_with": with_ns[len(with_ns) // 2] / 1e9 if with_ns else None,

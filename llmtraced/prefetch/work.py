@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llmtraced.prefetch.clock import PageTable, TickRing, next_step
+from llmtraced.prefetch.clock import PageTable, next_step
 from llmtraced.prefetch.pages import Pages
 from llmtraced.prefetch.policy import CHUNK, READY, Chunk, Stream, divide, window_for
 from llmtraced.prefetch.readers import Threads, Uring
@@ -148,11 +148,10 @@ class Work:
             if pages.resident(chunk.number) > 0:
                 self._lingering.append(chunk)
 
-    def wake(self, ring: TickRing, marks: list[list[int]]) -> None:
-        """Ask the clock for the steps at which a streamed chunk comes into use, or is done with.
+    def wakes(self, marks: list[list[int]]) -> list[int]:
+        """Return the marks at which a streamed chunk comes into use, or is done with.
 
         Args:
-            ring: of the clock.
             marks: steps at which each mark's weight is used.
         """
         wanted: set[int] = set()
@@ -161,7 +160,7 @@ class Work:
             known = sorted(at)
             for chunk in self.stream.chunks:
                 wanted |= {at[next_step(known, step - 1)] for step in (chunk.first, chunk.last + 1)}
-        ring.wake_at(sorted(wanted))
+        return sorted(wanted)
 
     def move(self, step: int, now_ns: int) -> None:
         """Take in where the server is: give back behind it, read ahead of it."""

@@ -24,9 +24,13 @@ __all__ = ["MARKS", "POINTS", "RING_BYTES", "TICK_BEGIN", "TICK_END", "Ticks", "
 MARKS: Final = 16_384
 """Weights at which the clock can tell where the server is."""
 
-RING_BYTES: Final = 64 << 10
+RING_BYTES: Final = 1 << 20
 TICK_BEGIN: Final = 0xFFFFFFFF
 TICK_END: Final = 0xFFFFFFFE
+TICK_ROWS, TICK_EXPERTS = 8, 16
+"""Which experts are chosen is told of batches of so many tokens at most, and of so many a token."""
+WAKE_INPUT, WAKE_EXPERTS = 2, 3
+"""What is to be told of an operator besides that it begins: its input; which experts it uses."""
 
 POINTS: Final = (
     Uprobe("on_begin", "ggml_graph_compute", "where the server is must be guessed from its page table", Detail.FAULTS),
@@ -39,7 +43,20 @@ POINTS: Final = (
 _PROGRAMS: Final = ("on_begin", "on_end", "on_operator")
 _MAPS: Final = ("ticks", "clocks", "marks", "wakes")
 _CLOCK: Final = np.dtype(
-    [(n, "<u8") for n in ("n_marks", "tensor_src", "tensor_data", "mark", "token", "lost", "graph_nodes", "tensor_ne")]
+    [
+        (n, "<u8")
+        for n in (
+            "n_marks",
+            "tensor_src",
+            "tensor_data",
+            "mark",
+            "token",
+            "lost",
+            "graph_nodes",
+            "tensor_ne",
+            "tensor_nb",
+        )
+    ]
 )
 
 
@@ -65,7 +82,13 @@ class Ticks:
         marks[: len(addresses)] = addresses
         clock = kernel.map_array(self.maps["clocks"], _CLOCK, 1)
         clock["n_marks"] = len(addresses)
-        for name in ("graph_nodes", "tensor_ne", "tensor_data", "tensor_src"):  # the last one switches it on
+        for name in (
+            "graph_nodes",
+            "tensor_ne",
+            "tensor_nb",
+            "tensor_data",
+            "tensor_src",
+        ):  # the last one switches it on
             clock[name] = getattr(layout, name)
 
     def descriptors(self) -> list[int]:
@@ -78,12 +101,13 @@ class Ticks:
             os.close(fd)
 
 
-def open_ticks(pid: int, symbols: Mapping[str, Symbol]) -> Ticks:
+def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1) -> Ticks:
     """Compile the programs and attach them to ``pid``.
 
     Args:
         pid: the server.
         symbols: ggml's functions in it.
+        width: float32 values of the inputs that are told, of a batch of one token.
 
     Raises:
         LlmtracedError: no permission, no BCC or headers, or not even graphs can be seen in this build.
@@ -92,7 +116,7 @@ def open_ticks(pid: int, symbols: Mapping[str, Symbol]) -> Ticks:
         raise LlmtracedError(
             "this build has no symbol ggml_graph_compute (stripped?), so its graphs cannot be seen", UNSUPPORTED
         )
-    reply, fds = loader.compile_in_child("llmtraced.probes.ticks", "")
+    reply, fds = loader.compile_in_child("llmtraced.probes.ticks", str(width))
     named = dict(zip(reply["names"], fds, strict=True))
     ticks = Ticks({name: named[name] for name in _MAPS}, [], [], False)
     try:
@@ -117,7 +141,7 @@ def open_ticks(pid: int, symbols: Mapping[str, Symbol]) -> Ticks:
     return ticks
 
 
-def _compile() -> tuple[dict[str, int], dict[str, Any]]:
+def _compile(width: int) -> tuple[dict[str, int], dict[str, Any]]:
     started = time.monotonic()
     bcc = loader.import_bcc()
     headers.present(headers.find())
@@ -127,6 +151,11 @@ def _compile() -> tuple[dict[str, int], dict[str, Any]]:
         "LT_MARK_STEPS": MARKS.bit_length(),
         "TICK_BEGIN": f"{TICK_BEGIN}U",
         "TICK_END": f"{TICK_END}U",
+        "TICK_ROWS": TICK_ROWS,
+        "TICK_EXPERTS": TICK_EXPERTS,
+        "TICK_WIDTH": width,
+        "WAKE_INPUT": WAKE_INPUT,
+        "WAKE_EXPERTS": WAKE_EXPERTS,
     }
     text = (loader.bpf_folder() / "ticks.bpf.c").read_text()
     try:
@@ -140,4 +169,4 @@ def _compile() -> tuple[dict[str, int], dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    loader.answer(int(sys.argv[1]), _compile)
+    loader.answer(int(sys.argv[1]), lambda: _compile(int(sys.argv[2])))

@@ -529,3 +529,39 @@ def test_a_hundred_kills_change_no_byte(
     let_go(group)
     assert group.stat().get("oom_kill", 0) == 0
     assert read_per_token(server, expected) > unaided / 2
+
+
+def test_a_mixtures_choices_are_known_before_they_are_made(tmp_path: Path, llama_server: Path) -> None:
+    """Tokens stay the same; what the sidecar works out from a router's input is what the server then says it uses."""
+    shape = models.moe_preset(120 * MB)
+    path = models.write(tmp_path / "moe.gguf", shape)
+    drop_cache(path)
+    limit, group = 100 * MIB, MemoryCgroup(f"llmtraced-test-mixture-{os.getpid()}", 100 * MIB)
+    with group, Server(path, binary=llama_server, threads=2, ctx=512, extra=("--no-repack",), cgroup=group) as server:
+        varied = {"temperature": 1.0, "seed": 7}
+        expected = server.completion(PROMPT, TOKENS, **varied)["content"]
+        with Sidecar(server.pid, tmp_path, "--strategy", "moe", "--trial", "0") as sidecar:
+            deadline = time.monotonic() + (300 if EMULATED else 60)
+            while not sidecar.metrics().get("engaged"):
+                assert time.monotonic() < deadline, sidecar.said()
+                assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
+            for _ in range(3):
+                assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
+            assert group.usage() <= limit
+            summary = sidecar.end()
+        told = summary["experts"]
+        assert told["chosen"] >= 2 * TOKENS * shape.n_layers
+        assert told["router_surprises"] <= told["chosen"] / 100  # two that are as good as equal
+        assert told["ahead_precision"] > 0.5  # 4 of 64 by chance: 0.06
+        assert told["read_bytes"] > 0
+        assert told["failed_reads"] == 0
+        assert 0 < told["locked_bytes"] <= told["capacity_bytes"] <= limit
+        let_go(group)
+        assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
+
+
+def test_a_dense_model_is_no_mixture(pressed: tuple[Server, MemoryCgroup], tmp_path: Path) -> None:
+    server, _ = pressed
+    with Sidecar(server.pid, tmp_path, "--strategy", "moe") as sidecar:
+        assert sidecar.child.wait(60) == 4
+        assert "not a mixture of experts" in sidecar.said()

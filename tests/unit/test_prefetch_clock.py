@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from llmtraced.prefetch import clock
-from llmtraced.prefetch.clock import BEGIN, END, PageTable, TickRing, next_step
+from llmtraced.prefetch.clock import BEGIN, END, EXPERTS, INPUT, PageTable, TickRing, choices, next_step
 
 PAGE = 4096
 RING = 8192
@@ -77,7 +77,7 @@ def test_ticks_come_in_order_and_once(ring: Ring) -> None:
     ring.put(100, 1, BEGIN, 7)
     ring.put(200, 1, 5)
     ring.put(300, 1, END)
-    assert ring.ring.wait(1.0) == [(100, 1, BEGIN, 7), (200, 1, 5, 0), (300, 1, END, 0)]
+    assert ring.ring.wait(1.0) == [(100, 1, BEGIN, 7, b""), (200, 1, 5, 0, b""), (300, 1, END, 0, b"")]
     assert ring.consumed() == ring.produced() == 3 * SPACE
     assert ring.waited == []
     assert ring.ring.wait(0.25) == []
@@ -86,7 +86,7 @@ def test_ticks_come_in_order_and_once(ring: Ring) -> None:
 
 def test_it_waits_for_the_first(ring: Ring) -> None:
     ring.on_poll = lambda: ring.put(9)
-    assert ring.ring.wait(0.5) == [(9, 1, 5, 0)]
+    assert ring.ring.wait(0.5) == [(9, 1, 5, 0, b"")]
 
 
 def test_a_record_that_is_being_written_is_waited_for_and_all_behind_it(ring: Ring) -> None:
@@ -128,16 +128,13 @@ def test_many_rounds_of_the_ring(ring: Ring) -> None:
 
 
 def test_wakes_are_exactly_those_asked_for(ring: Ring) -> None:
-    def wakes() -> list[int]:
+    def wakes() -> dict[int, int]:
         words = struct.unpack("<1000Q", os.pread(ring.wakes, 8000, 0))
-        return [i for i, word in enumerate(words) if word]
+        return {i: word for i, word in enumerate(words) if word}
 
-    ring.ring.wake_at([0, 7, 999])
-    assert wakes() == [0, 7, 999]
-    ring.ring.wake_at([8])
-    assert wakes() == [8]
-    ring.ring.wake_at([])
-    assert wakes() == []
+    for wanted in ({0: 1, 7: INPUT, 999: EXPERTS}, {8: 1}, {}):
+        ring.ring.wake_at(wanted)
+        assert wakes() == wanted
 
 
 def test_lost_ticks_are_read_from_the_clock(ring: Ring) -> None:
@@ -180,3 +177,18 @@ def test_the_page_table_says_what_is_mapped() -> None:
 def test_a_process_that_is_gone() -> None:
     with pytest.raises(OSError, match="No such file"):
         PageTable(4_194_305)
+
+
+def test_what_comes_with_a_tick_is_handed_on(ring: Ring) -> None:
+    rows = [(3, 9), (1, 0), (63, 2)]
+    told = b"".join(struct.pack("<2i", *row).ljust(64, b"\xff") for row in rows).ljust(512, b"\xff")
+    at = ring.produced()
+    ring.write(at, struct.pack("<II", RECORD + len(told), 0) + struct.pack("<QIIQ", 1, 1, 5, 2 | 3 << 32) + told)
+    os.pwrite(ring.fd, struct.pack("<Q", at + SPACE + len(told)), PAGE)
+    ((_, _, _, value, found),) = ring.ring.wait(0)
+    assert found == told
+    assert choices(value, found) == rows
+
+
+def test_a_prompts_choices_are_not_told() -> None:
+    assert choices(4 | 300 << 32, b"") == []

@@ -1,0 +1,447 @@
+"""A mixture's experts: fetch what is chosen the moment that can be known, keep the hot ones. Standard library only.
+
+What every token uses is pinned (:mod:`llmtraced.prefetch.work`). For the experts there is the rest of the memory:
+:mod:`llmtraced.prefetch.experts` decides which are kept. An expert is read exactly, from its slices' first page to
+their last, and before the server touches it: a fault on a page that is not there makes the kernel read as much as the
+file's readahead says, which may be megabytes of other experts. So each layer is looked at four times:
+
+1. when the *router* of the layer before it begins: its input, put through this layer's router, says most of the choice;
+2. when its own attention begins: the same with the input of that says almost all of it;
+3. when its own router begins: its input says the choice itself, some operators ahead;
+4. when its first merged matrix is used: the server's own word, which what was missed is read by, and the others are
+   measured by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from array import array
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llmtraced.prefetch.clock import EXPERTS, INPUT, choices
+from llmtraced.prefetch.experts import ABSENT, HERE, Residency
+from llmtraced.prefetch.pages import Pages
+from llmtraced.prefetch.router import Router
+
+__all__ = ["Mixture"]
+
+_READERS = 2
+_KEEPERS = 2
+_ROWS = 8  # tokens of a batch whose choices are worked out
+_RESERVE_LAYERS = 3  # of experts that are all read: so much room is made ahead
+_PIECES = 64  # speculative slices that may wait: more would only be late
+_STRAYS = -1  # to be given back, beside experts by number: whatever is there of others
+_STRAY_BYTES = 2 << 20
+_EDGES = 64 << 10  # of an expert that is not kept: what its neighbours have in common with it
+_SWEEPS = 8  # and all layers have been looked at
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class _Layer:
+    """One layer of experts: what the launcher found out."""
+
+    def __init__(self, number: int, told: Mapping[str, Any], pages: Sequence[Pages]) -> None:
+        self.number = number
+        self.router_mark: int | None = told["router_mark"]
+        self.experts_mark: int | None = told["experts_mark"]
+        self.slices = [tuple(one) for one in told["slices"]]  # file, offset of the first expert, bytes of each
+        self.nbytes = sum(size for _, _, size in self.slices)
+        self.attention_mark: int | None = told["attention_mark"]
+        router = told["router"]
+        self.weights = pages[router[0]].address(router[1]) if router else 0
+        self.norm, self.attention_norm = _norm(told["norm"], pages), _norm(told["attention_norm"], pages)
+
+
+def _norm(told: Sequence[int] | None, pages: Sequence[Pages]) -> array[float] | None:
+    if told is None:
+        return None
+    file, offset, length = told
+    return array("f", (ctypes.c_float * length).from_address(pages[file].address(offset)))
+
+
+def _ratio(norm: array[float] | None, like: array[float] | None) -> array[float] | None:
+    """Return what the result of one norm is multiplied with to be that of another."""
+    if norm is None or like is None:
+        return None
+    return array("f", (b / a if a else 0.0 for a, b in zip(norm, like, strict=True)))
+
+
+class Mixture:
+    """Manages the experts of one server's model.
+
+    Args:
+        pid: the server.
+        pages: of each file of the model.
+        told: ``launch.mixture``: layers in order, experts and how many are used, length of the routers' input.
+        ahead: layers that are looked ahead, 0 to 2.
+        say: where to tell what is done.
+
+    Attributes:
+        total: bytes of all experts.
+        residency: which are in memory.
+        seen, guessed, right: experts chosen; those that looking ahead named; and how many of these were chosen.
+    """
+
+    def __init__(
+        self, pid: int, pages: list[Pages], told: Mapping[str, Any], ahead: int, say: Callable[[str], None]
+    ) -> None:
+        self.pid, self.pages, self.say, self.ahead = pid, pages, say, ahead
+        self.layers = [_Layer(i, one, pages) for i, one in enumerate(told["layers"])]
+        self.n_experts: int = told["n_experts"]
+        self.n_used: int = told["n_used"]
+        self.total = sum(layer.nbytes * self.n_experts for layer in self.layers)
+        self.router = Router(told["code"], told["n"], self.n_experts, self.n_used) if told["code"] is not None else None
+        self._ones = array("f", [1.0] * told["n"])
+        layers = self.layers
+        self._before = [_ratio(layer.attention_norm, layer.norm) or self._ones for layer in layers]
+        self._after = [
+            [_ratio(layer.norm, later.norm) or self._ones for later in layers[i + 1 : i + 1 + ahead]]
+            for i, layer in enumerate(layers)
+        ]
+        self._input = (ctypes.c_float * (told["n"] * _ROWS))()
+        self._by_mark = {
+            mark: layer
+            for layer in self.layers
+            for mark in (layer.attention_mark, layer.router_mark, layer.experts_mark)
+            if mark is not None
+        }
+        nbytes = [layer.nbytes for layer in self.layers for _ in range(self.n_experts)]
+        self.residency = Residency(nbytes, 0)
+        self.seen = self.guessed = self.right = self.surprises = 0
+        self.read_bytes = self.failed = self.lost = 0
+        self._guesses: dict[int, set[int]] = {}
+        self._chosen: dict[int, set[int]] = {}  # of this token, by layer: what its router's input said
+        self._left: dict[int, int] = {}  # slices of an expert that are still to be read
+        self._urgent: deque[tuple[int, int]] = deque()
+        self._early: deque[tuple[int, int]] = deque()
+        self._leaving: deque[int] = deque()
+        self._arriving: deque[int] = deque()
+        self._locked: set[int] = set()
+        self._refused = False
+        self._done: deque[tuple[int, int, bool]] = deque()
+        self._turn = threading.Condition()
+        self._closed = False
+        self._swept = 0
+        self._threads: list[threading.Thread] = []
+
+    # --- what the server does --------------------------------------------------------------------------------------
+
+    def wakes(self) -> dict[int, int]:
+        """Return the marks that the clock should tell, and what of them."""
+        found = {layer.experts_mark: EXPERTS for layer in self.layers if layer.experts_mark is not None}
+        if self.router is not None:
+            marks = [mark for layer in self.layers for mark in (layer.attention_mark, layer.router_mark)]
+            found |= dict.fromkeys((mark for mark in marks if mark is not None), INPUT)
+        return found
+
+    def ended(self, read: int) -> None:
+        """Take in that a graph has ended, in which the server itself has read so many bytes.
+
+        It is what its readahead took for good: megabytes around each fault. They must go before memory is full of them.
+        """
+        if read > _STRAY_BYTES and _STRAYS not in self._leaving:
+            with self._turn:
+                self._leaving.append(_STRAYS)
+                self._turn.notify_all()
+
+    def begin(self) -> None:
+        """Take in that a graph begins."""
+        self.residency.token += 1
+        self._guesses.clear()
+        self._chosen.clear()
+
+    def tick(self, mark: int, value: int, told: bytes) -> bool:
+        """Take in that the server has come to a mark; return whether it was one of ours."""
+        layer = self._by_mark.get(mark)
+        if layer is None:
+            return False
+        self.collect()
+        if mark == layer.experts_mark:
+            self._used(layer, choices(value, told))
+            return True
+        inputs = self._inputs(value & (1 << 48) - 1, value >> 48, told)
+        if not inputs:
+            return True
+        if mark == layer.attention_mark:
+            guess = self._choose(layer, inputs, self._before[layer.number])
+            self._guesses[layer.number] = guess
+            self._fetch(self.residency.expect(self._numbers(layer, guess)))
+            return True
+        chosen = self._chosen[layer.number] = self._choose(layer, inputs, self._ones)
+        self._fetch(self.residency.use(self._numbers(layer, chosen)))
+        for later, scale in zip(self.layers[layer.number + 1 :], self._after[layer.number], strict=False):
+            if len(self._early) > _PIECES:
+                break
+            self._fetch(self.residency.expect(self._numbers(later, self._choose(later, inputs, scale))), early=True)
+        self._make_room()
+        return True
+
+    def _inputs(self, address: int, rows: int, values: bytes) -> list[int]:
+        """Take in the input of a router, or what is like it; return where its rows are now."""
+        router = self.router
+        if router is None or not 0 < rows <= _ROWS:
+            return []
+        size = 4 * router.n
+        if len(values) >= size:
+            ctypes.memmove(self._input, values, size)
+            return [ctypes.addressof(self._input)]
+        here, there = _Iovec(ctypes.addressof(self._input), size * rows), _Iovec(address, size * rows)
+        if _libc.process_vm_readv(self.pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0) != size * rows:
+            return []
+        return [ctypes.addressof(self._input) + size * row for row in range(rows)]
+
+    def _choose(self, layer: _Layer, inputs: list[int], scale: array[float]) -> set[int]:
+        assert self.router is not None
+        at = scale.buffer_info()[0]
+        return {e for x in inputs for e in self.router.choose(layer.weights, x, at)}
+
+    def _used(self, layer: _Layer, rows: list[tuple[int, ...]]) -> None:
+        """Take in what the server says that it uses."""
+        if not rows:
+            return  # a prompt uses nearly all of them, one after the other: that is what readahead is for
+        used = {e for row in rows for e in row if 0 <= e < self.n_experts}
+        known = self._chosen.get(layer.number)
+        more = used - known if known is not None else used
+        self.surprises += len(more) if known is not None else 0
+        self._fetch(self.residency.use(self._numbers(layer, more)))
+        self.seen += len(used)
+        guess = self._guesses.get(layer.number)
+        if guess is not None:
+            self.guessed += len(guess)
+            self.right += len(guess & used)
+        self._make_room()
+
+    def _numbers(self, layer: _Layer, experts: set[int]) -> list[int]:
+        """Return the experts' numbers, after a look whether those that are not locked are really here."""
+        numbers = [layer.number * self.n_experts + e for e in sorted(experts)]
+        for one in numbers:
+            if self.residency.state[one] == HERE and one not in self._locked:
+                pages, offset, size = self._range(one, 0)
+                if pages.resident_range(offset, size) < size:
+                    self.residency.gone(one)
+                    self.lost += 1
+        return numbers
+
+    # --- reading and giving back -----------------------------------------------------------------------------------
+
+    def _fetch(self, experts: list[int], *, early: bool = False) -> None:
+        """Ask for experts: all their first slices, then all their second ones, as the server will need them."""
+        if not experts:
+            return
+        slices = len(self.layers[experts[0] // self.n_experts].slices)
+        for one in experts:
+            self._left[one] = slices
+        if not early:  # at once: the server is almost there
+            for one in experts:
+                self._read(one, 0)
+        with self._turn:
+            (self._early if early else self._urgent).extend(
+                (one, at) for at in range(0 if early else 1, slices) for one in experts
+            )
+            self._turn.notify_all()
+
+    def _make_room(self) -> None:
+        """Have the coldest experts given back."""
+        reserve = _RESERVE_LAYERS * self.n_used * max(layer.nbytes for layer in self.layers)
+        go = self.residency.surplus(min(reserve, self.residency.capacity // 4))
+        if go:
+            with self._turn:
+                self._leaving.extend(go)
+                self._turn.notify_all()
+
+    def collect(self) -> None:
+        """Take in what has been read."""
+        arrived = []
+        while self._done:
+            one, nbytes, failed = self._done.popleft()
+            self.read_bytes += nbytes
+            self.failed += failed
+            self._left[one] = self._left.get(one, 1) - 1
+            if not self._left[one]:
+                del self._left[one]
+                self.residency.arrived(one)
+                if self.residency.state[one] == HERE:
+                    arrived.append(one)
+        if arrived:
+            with self._turn:
+                self._arriving.extend(arrived)
+                self._turn.notify_all()
+
+    def _range(self, one: int, at: int) -> tuple[Pages, int, int]:
+        file, offset, size = self.layers[one // self.n_experts].slices[at]
+        return self.pages[file], offset + one % self.n_experts * size, size
+
+    def _reader(self) -> None:
+        """Read slices, in a thread: what is urgent first."""
+        while True:
+            with self._turn:
+                while not (self._urgent or self._early or self._closed):
+                    self._turn.wait()
+                if self._closed:
+                    return
+                one, at = (self._urgent or self._early).popleft()
+            self._read(one, at)
+
+    def _keeper(self) -> None:
+        """Lock what has been read, in a thread: it waits until the last page has come."""
+        while True:
+            with self._turn:
+                while not (self._arriving or self._closed):
+                    self._turn.wait()
+                if self._closed:
+                    return
+                one = self._arriving.popleft()
+            if self.residency.state[one] == HERE and one not in self._locked:
+                self._lock(one)
+
+    def _leaver(self) -> None:
+        """Give back what is to go, in a thread."""
+        while True:
+            with self._turn:
+                while not (self._leaving or self._closed):
+                    self._turn.wait()
+                if self._closed:
+                    return
+                one = self._leaving.popleft()
+            if one == _STRAYS:
+                self._drop_strays()
+            else:
+                self._give_back(one)
+
+    def _drop_strays(self) -> None:
+        """Give back what the server has read of experts that are not kept."""
+        for one, state in enumerate(self.residency.state):
+            if state == ABSENT and sum(pages.resident_range(o, n) for pages, o, n in self._ranges(one)) > _EDGES:
+                self._give_back(one)
+
+    def _lock(self, one: int) -> None:
+        """Keep an expert in memory, whatever the server reads besides."""
+        self._locked.add(one)
+        for pages, offset, size in self._ranges(one):
+            try:
+                if pages.resident_range(offset, size) < size:  # a read that found no memory stops without a word
+                    pages.ask(offset, size)
+                pages.hold(offset, size)
+            except OSError as error:
+                if not self._refused:
+                    self._refused = True
+                    self.say(f"cannot lock more than {self.locked_bytes >> 20} MB of experts: {error.strerror}")
+
+    def _read(self, one: int, at: int) -> None:
+        pages, offset, size = self._range(one, at)
+        try:
+            pages.ask(offset, size)
+        except OSError:
+            self._done.append((one, 0, True))
+        else:
+            self._done.append((one, size, False))
+
+    def _give_back(self, one: int) -> None:
+        if self.residency.state[one] != ABSENT:
+            return  # it was chosen again meanwhile
+        locked = one in self._locked
+        self._locked.discard(one)
+        for pages, offset, size in self._ranges(one):
+            if locked:
+                pages.let_go(offset, size)
+            with contextlib.suppress(OSError):
+                pages.give_back_range(offset, size)
+
+    # --- memory ----------------------------------------------------------------------------------------------------
+
+    def hold(self, capacity: int) -> None:
+        """Keep experts in so many bytes from now on."""
+        if not self._threads:
+            work = (*[self._reader] * _READERS, *[self._keeper] * _KEEPERS, self._leaver)
+            self._threads = [threading.Thread(target=one, daemon=True) for one in work]
+            for thread in self._threads:
+                thread.start()
+            self.residency.capacity = capacity
+            self.sweep(adopt=True)
+        self.residency.capacity = capacity
+        self._make_room()
+        self.say(f"keeping {capacity >> 20} of {self.total >> 20} MB of experts")
+
+    def sweep(self, *, adopt: bool = False) -> None:
+        """Compare with what is in memory: give back what the server has read by itself, note what is gone.
+
+        Looks at some of the layers, the next time at the next ones; or takes in what there is, of all.
+        """
+        count = len(self.layers) if adopt else -(-len(self.layers) // _SWEEPS)
+        first = self._swept * self.n_experts
+        self._swept = (self._swept + count) % len(self.layers)
+        residency = self.residency
+        for one in range(first, min(first + count * self.n_experts, len(residency.state))):
+            state = residency.state[one]
+            there = sum(pages.resident_range(o, n) for pages, o, n in self._ranges(one))
+            whole = there >= residency.nbytes[one]
+            if state == ABSENT and whole and (adopt or residency.held + residency.nbytes[one] < residency.capacity):
+                residency.adopt([one])
+                self._arriving.append(one)
+            elif state == ABSENT and there > _EDGES:
+                self._leaving.append(one)
+            elif state == HERE and not there:
+                residency.gone(one)
+        with self._turn:
+            self._turn.notify_all()
+
+    @property
+    def locked_bytes(self) -> int:
+        """Bytes of experts that are locked."""
+        return sum(self.residency.nbytes[one] for one in list(self._locked))
+
+    def relieve(self, nbytes: int) -> int:
+        """Give up experts of that many bytes, the coldest first; return how many bytes will be free."""
+        before = self.residency.held
+        self.residency.capacity = max(min(self.residency.capacity, before) - nbytes, 0)
+        self._make_room()
+        return before - self.residency.held
+
+    def _ranges(self, one: int) -> list[tuple[Pages, int, int]]:
+        return [self._range(one, at) for at in range(len(self.layers[one // self.n_experts].slices))]
+
+    def release(self) -> None:
+        """Stop; what is in memory stays there until the kernel wants it back."""
+        with self._turn:
+            self._closed = True
+            self._turn.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for one in self._locked:
+            for pages, offset, size in self._ranges(one):
+                pages.let_go(offset, size)
+        self._locked.clear()
+
+    def summary(self) -> dict[str, Any]:
+        """Return what was done so far; docs/prefetching.md explains the fields."""
+        self.collect()
+        r = self.residency
+        asked = r.used + r.late + r.missed
+        return {
+            "capacity_bytes": r.capacity,
+            "total_bytes": self.total,
+            "held_bytes": r.held,
+            "chosen": self.seen,
+            "used_bytes": r.used,
+            "late_bytes": r.late,
+            "missed_bytes": r.missed,
+            "wasted_bytes": r.wasted,
+            "hit_share": r.used / asked if asked else None,
+            "read_bytes": self.read_bytes,
+            "failed_reads": self.failed,
+            "lost": self.lost,
+            "locked_bytes": self.locked_bytes,
+            "ahead_precision": self.right / self.guessed if self.guessed else None,
+            "router_surprises": self.surprises,
+            "hottest": [[one // self.n_experts, one % self.n_experts] for one in r.hottest()[:32]],
+        }

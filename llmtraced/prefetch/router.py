@@ -1,0 +1,157 @@
+"""A mixture's router, worked out in the sidecar: which experts would these activations choose? Bare interpreter.
+
+A router is one small matrix: logits = W x, and the experts with the largest ones are chosen. W is in the model file;
+x, the layer's normalised activations, is read from the server the moment it begins to multiply them itself. The same x
+says much about the *next* layer's choice, too: a layer changes the residual stream only a little. What differs
+otherwise are the weights of the two norms, which is what ``scale`` is for.
+
+An interpreter needs milliseconds for a matrix of that size, and a library of numbers tens of megabytes of the server's
+memory. So the launcher has llvmlite make a hundred bytes of machine code (:func:`machine_code`), which take
+microseconds. They are handed over in a file that is only ever mapped to be read and executed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["LANES", "Router", "machine_code"]
+
+LANES = 32
+"""The length of x must be a multiple of this."""
+
+_PROT_READ, _PROT_EXEC, _MAP_PRIVATE = 1, 4, 2
+
+
+def machine_code() -> bytes:
+    """Return code for this machine: void (float *w, float *x, float *scale, float *out, int64 rows, int64 n).
+
+    out[r] = sum over i of w[r n + i] x[i] scale[i]; n a multiple of :data:`LANES`, rows above 0. The order of the sum
+    is not that of the server: logits agree to some parts in 10^6, so that only experts that are as good as equal can
+    be told apart wrongly.
+
+    Raises:
+        ImportError: no llvmlite.
+        RuntimeError: the code made is not self-contained.
+    """
+    import llvmlite.binding as llvm
+    from llvmlite import ir
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    single, wide, vector = ir.FloatType(), ir.IntType(64), ir.VectorType(ir.FloatType(), 8)
+    pointer = single.as_pointer()
+    module = ir.Module("router")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer] * 4 + [wide, wide]), "logits")
+    w, x, scale, out, rows, n = function.args
+    entry, row, column, done, end = (function.append_basic_block() for _ in range(5))
+    build = ir.IRBuilder(entry)
+    zero, one = ir.Constant(wide, 0), ir.Constant(wide, 1)
+    nothing = ir.Constant(vector, None)
+    build.branch(row)
+
+    build.position_at_end(row)
+    r = build.phi(wide)
+    r.add_incoming(zero, entry)
+    first = build.mul(r, n)
+    build.branch(column)
+
+    build.position_at_end(column)
+    i = build.phi(wide)
+    i.add_incoming(zero, row)
+    sums = [build.phi(vector) for _ in range(LANES // 8)]
+
+    def load(base: Any, at: Any) -> Any:
+        place = build.bitcast(build.gep(base, [at]), vector.as_pointer())
+        value = build.load(place)
+        value.align = 4
+        return value
+
+    following = []
+    for number, total in enumerate(sums):
+        total.add_incoming(nothing, row)
+        at = build.add(i, ir.Constant(wide, 8 * number))
+        scaled = build.fmul(load(x, at), load(scale, at), flags=["fast"])
+        product = build.fmul(load(w, build.add(first, at)), scaled, flags=["fast"])
+        following.append(build.fadd(total, product, flags=["fast"]))
+        total.add_incoming(following[-1], column)
+    following_i = build.add(i, ir.Constant(wide, LANES))
+    i.add_incoming(following_i, column)
+    build.cbranch(build.icmp_signed("<", following_i, n), column, done)
+
+    build.position_at_end(done)
+    both = following[0]
+    for total in following[1:]:
+        both = build.fadd(both, total, flags=["fast"])
+    result = build.extract_element(both, ir.Constant(ir.IntType(32), 0))
+    for lane in range(1, 8):
+        more = build.extract_element(both, ir.Constant(ir.IntType(32), lane))
+        result = build.fadd(result, more, flags=["fast"])
+    build.store(result, build.gep(out, [r]))
+    following_r = build.add(r, one)
+    r.add_incoming(following_r, done)
+    build.cbranch(build.icmp_signed("<", following_r, rows), row, end)
+    build.position_at_end(end)
+    build.ret_void()
+
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(),
+        features=llvm.get_host_cpu_features().flatten(),
+        opt=3,
+        reloc="pic",
+        codemodel="small",
+    )
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    made = llvm.ObjectFileRef.from_data(machine.emit_object(parsed))
+    sections = {bytes(section.name() or b""): section.data() for section in made.sections()}
+    if any(name.startswith((b".rela.text", b".rodata")) and data for name, data in sections.items()):
+        raise RuntimeError("the router's code needs data that cannot be handed over")
+    return bytes(sections[b".text"])
+
+
+class Router:
+    """The routers of a model, and the code that multiplies.
+
+    Args:
+        fd: a file with what :func:`machine_code` returned.
+        n: length of x.
+        n_experts: of each layer.
+        n_used: experts that a token uses in a layer.
+    """
+
+    def __init__(self, fd: int, n: int, n_experts: int, n_used: int) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.mmap.restype = ctypes.c_void_p
+        self._libc.mmap.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_long,
+        ]
+        size = os.fstat(fd).st_size
+        address = self._libc.mmap(None, size, _PROT_READ | _PROT_EXEC, _MAP_PRIVATE, fd, 0)
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        kind = ctypes.CFUNCTYPE(None, *(ctypes.c_void_p,) * 4, ctypes.c_int64, ctypes.c_int64)
+        self._code: Any = kind(address)
+        self.n, self.n_experts, self.n_used = n, n_experts, n_used
+        self._logits = (ctypes.c_float * n_experts)()
+
+    def choose(self, weights: int, x: int, scale: int, count: int = 0) -> list[int]:
+        """Return the ``count`` (by default ``n_used``) experts that are chosen, ascending.
+
+        Args:
+            weights: address of the router's float32 [n_experts, n].
+            x: address of float32 [n].
+            scale: address of float32 [n], what each element of x is multiplied with.
+            count: how many.
+        """
+        self._code(weights, x, scale, ctypes.addressof(self._logits), self.n_experts, self.n)
+        logits: Sequence[float] = self._logits[:]
+        order = sorted(range(self.n_experts), key=logits.__getitem__, reverse=True)
+        return sorted(order[: count or self.n_used])
