@@ -19,12 +19,15 @@ from typing import Final
 
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
 
-__all__ = ["Headers", "find", "present"]
+__all__ = ["SKIP", "Headers", "candidates", "find", "present"]
 
 _MODULES: Final = Path("/lib/modules")
 _SOURCES: Final = Path("/usr/src")
 _ARCHIVE: Final = Path("/sys/kernel/kheaders.tar.xz")  # CONFIG_IKHEADERS; BCC unpacks it by itself
 _VARIABLE: Final = "BCC_KERNEL_SOURCE"  # a complete tree; src/cc/frontends/clang/loader.cc
+SKIP: Final = "LLMTRACED_HEADERS_SKIP"
+"""Environment variable of the child that compiles: how many of :func:`candidates` have been tried in vain."""
+
 _CLONE_NEWNS: Final = 0x00020000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _REMEDY: Final = (
@@ -60,11 +63,7 @@ def find(
     archive: Path = _ARCHIVE,
     chosen: str | None = None,
 ) -> Headers:
-    """Return the headers to compile with.
-
-    In this order: what BCC's own environment variable names; the running kernel's in ``modules``; the archive that
-    the kernel carries; any other kernel's: the newest that is not newer than the running one (the installed LLVM and
-    BCC may be too old for much newer headers), else the oldest.
+    """Return the headers to compile with: the first of :func:`candidates`, or as :data:`SKIP` says.
 
     Args:
         modules: ``/lib/modules``.
@@ -76,34 +75,59 @@ def find(
     Raises:
         LlmtracedError: there are none; the message says what to install.
     """
+    return candidates(modules, sources, release, archive, chosen)[int(os.environ.get(SKIP, "0"))]
+
+
+def candidates(
+    modules: Path = _MODULES,
+    sources: Path = _SOURCES,
+    release: str | None = None,
+    archive: Path = _ARCHIVE,
+    chosen: str | None = None,
+) -> list[Headers]:
+    """Return all headers that there are, the ones to try first before the others; arguments as of :func:`find`.
+
+    In this order: the running kernel's in ``modules``; the archive that the kernel carries; any other kernel's: those
+    that are not newer than the running one, the newest first, then those that are, the oldest first (the installed
+    LLVM and BCC may be too old for much newer headers, the running kernel's included). Where BCC's own environment
+    variable names a tree, it is that one alone.
+
+    Raises:
+        LlmtracedError: there are none; the message says what to install.
+    """
     release = release or os.uname().release
     chosen = os.environ.get(_VARIABLE, "") if chosen is None else chosen
     if chosen:
         folder = Path(chosen)
         if not _usable(folder, folder):
             raise LlmtracedError(f"{_VARIABLE}={chosen} is no complete tree of kernel headers; unset it", UNSUPPORTED)
-        return Headers(folder, folder, exact=_version(folder) == _numbers(release), in_place=True)
+        return [Headers(folder, folder, exact=_version(folder) == _numbers(release), in_place=True)]
+    in_place: list[Headers] = []
     build, source = modules / release / "build", modules / release / "source"
     if _usable(build, source if source.is_dir() else build):  # the very choice that BCC makes
-        return Headers(build, source if source.is_dir() else build, exact=True, in_place=True)
-    if archive.is_file():
-        return Headers(archive, archive, exact=True, in_place=True)
-    ours = _numbers(release)
+        in_place = [Headers(build, source if source.is_dir() else build, exact=True, in_place=True)]
+    elif archive.is_file():
+        in_place = [Headers(archive, archive, exact=True, in_place=True)]
+    ours, known = _numbers(release), {headers.build.resolve() for headers in in_place}
     found: list[tuple[tuple[int, ...], Headers]] = []
-    for folder in _candidates(modules, sources):
+    for folder in _folders(modules, sources):
+        if folder.resolve() in known:
+            continue
         for source in (folder, folder.parent / "source", *_named_source(folder)):
             if _usable(folder, source):
                 version = _version(folder)
                 headers = Headers(folder.resolve(), source.resolve(), exact=version == ours, in_place=False)
                 found.append((version, headers))
+                known.add(headers.build)
                 break
-    if not found:
+    if not in_place and not found:
         raise LlmtracedError(f"no kernel headers for {release} or any other kernel; {_REMEDY}", UNSUPPORTED)
-    older = [item for item in found if item[0] <= ours]
-    return (max(older, key=lambda i: i[0]) if older else min(found, key=lambda i: i[0]))[1]
+    older = sorted((item for item in found if item[0] <= ours), key=lambda item: item[0], reverse=True)
+    newer = sorted((item for item in found if item[0] > ours), key=lambda item: item[0])
+    return [*in_place, *(headers for _, headers in (*older, *newer))]
 
 
-def _candidates(modules: Path, sources: Path) -> Iterator[Path]:
+def _folders(modules: Path, sources: Path) -> Iterator[Path]:
     """Yield folders that may be the generated part of some kernel's headers."""
     # Debian and Ubuntu; Fedora and its family; SUSE (linux-V-obj/ARCH/FLAVOUR); what every kernel's modules link to
     for base, pattern in (

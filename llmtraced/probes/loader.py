@@ -85,6 +85,7 @@ _SYSCALLS_X86_64: Final = {
     "copy_file_range": 326, "io_uring_enter": 426, "mmap": 9, "mlock": 149, "mlock2": 325, "mlockall": 151,
     "madvise": 28, "process_madvise": 440, "fadvise64": 221, "readahead": 187,
 }  # fmt: skip
+_HEADERS_TRIED: Final = 3
 _ORIG_AX_OFFSET: Final = 120  # struct pt_regs, arch/x86/include/uapi/asm/ptrace.h
 _DISTRIBUTION_BCC: Final = ("/usr/lib/python3/dist-packages", "/usr/lib/python3*/site-packages")
 
@@ -212,11 +213,35 @@ def import_bcc() -> Any:
 def compile_in_child(module: str, argument: str) -> tuple[dict[str, Any], list[int]]:
     """Run ``python -m module FD argument``, whose :func:`answer` comes back over the socket FD, and return it.
 
+    BCC may be too old for the headers that are tried first: if it fails, others are.
+
     Raises:
-        LlmtracedError: no permission, or what went wrong in the child.
+        LlmtracedError: no permission, or what went wrong in the (first) child.
     """
     if os.geteuid() != 0:
         raise LlmtracedError("loading BPF programs needs root (CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN)", NO_PERMISSION)
+    first: LlmtracedError | None = None
+    for skip in range(_HEADERS_TRIED):
+        try:
+            return _compile_in_child(module, argument, skip)
+        except LlmtracedError as error:
+            first = first or error
+            if error.exit_code != UNSUPPORTED or not _others(skip + 1):
+                break
+            log.info("%s; trying other kernel headers", str(error).partition("\n")[0])
+    assert first is not None
+    raise first
+
+
+def _others(tried: int) -> bool:
+    """Tell whether there are more kernel headers than those that have been tried."""
+    try:
+        return len(headers.candidates()) > tried
+    except LlmtracedError:
+        return False
+
+
+def _compile_in_child(module: str, argument: str, skip: int) -> tuple[dict[str, Any], list[int]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     # A file, not a pipe: nobody reads what the verifier has to say before the child is done.
     with ours, theirs, tempfile.TemporaryFile() as said:
@@ -226,7 +251,7 @@ def compile_in_child(module: str, argument: str) -> tuple[dict[str, Any], list[i
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), headers.SKIP: str(skip)},
         )
         theirs.close()
         fds: list[int] = []

@@ -21,9 +21,12 @@ fi
 for folder in proc sys dev run; do mount --rbind /$folder /run/root/$folder; done
 mkdir -p /run/root/temporary
 mount --bind /run/disk/temporary /run/root/temporary
-# Modules and headers are where an installed package has them, and no other kernel's are there.
+# Modules and headers are where an installed package has them, beside the headers that the machine has.
 mount --bind "/run/machine$kernel/lib/modules" /run/root/lib/modules
-mount --bind "/run/machine$kernel/usr/src" /run/root/usr/src
+for folder in "/run/machine$kernel/usr/src"/*; do
+  name=$(basename "$folder")
+  test -e "/run/root/usr/src/$name" || ln -s "$kernel/usr/src/$name" /run/root/usr/src/
+done
 test "$(uname -r)" = "$release"
 
 export TMPDIR=/temporary HOME="${HOME:-/root}" PATH="$repository/.venv/bin:$PATH"

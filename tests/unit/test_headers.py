@@ -136,6 +136,20 @@ def test_the_newest_that_is_not_newer_than_the_kernel(machine: Machine) -> None:
     assert machine.find("4.19.0-1").build.name == "linux-headers-5.15.0-1"
 
 
+def test_in_which_order_they_are_tried(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for release in ("5.15.0-1", "6.5.0-10", "6.11.0-3", "6.17.0-1", RUNNING):
+        complete(machine.sources / f"linux-headers-{release}", release)
+    (machine.modules / RUNNING).mkdir()
+    (machine.modules / RUNNING / "build").symlink_to(machine.sources / f"linux-headers-{RUNNING}")
+    found = headers.candidates(machine.modules, machine.sources, RUNNING, machine.archive, "")
+    assert [h.build.name for h in found] == ["build", *(f"linux-headers-{n}" for n in ("6.5.0-10", "5.15.0-1"))] + [
+        f"linux-headers-{n}" for n in ("6.11.0-3", "6.17.0-1")
+    ]
+    assert [h.exact for h in found] == [True] + [False] * 4
+    monkeypatch.setenv(headers.SKIP, "1")
+    assert machine.find() == found[1]
+
+
 def test_other_architectures_and_halves_are_no_use(machine: Machine) -> None:
     plain(generated(machine.sources / "linux-headers-6.1.0-56-arm64", "6.1.0-56-arm64", arch="arm64"))
     generated(machine.sources / "linux-headers-6.2.0-1-amd64", "6.2.0-1-amd64")

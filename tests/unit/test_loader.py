@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtraced import schema
+from llmtraced import headers, schema
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
 from llmtraced.probes import btf, loader
 
@@ -48,6 +48,32 @@ def test_a_refusal_keeps_its_exit_code(child: Callable[[str], None]) -> None:
         loader.load()
     assert str(caught.value) == "cannot load the BPF programs: no headers"
     assert caught.value.exit_code == NO_PERMISSION
+
+
+AGAIN = """
+tried = os.environ["LLMTRACED_HEADERS_SKIP"]
+reply(b'{"error": "cannot compile with %s", "exit_code": 4}' % tried.encode() if tried < "WORKS" else b'{"names": []}')
+"""
+
+
+@pytest.mark.parametrize(
+    ("there", "works", "said"), [(2, "1", ""), (2, "2", "with 0"), (9, "3", "with 0"), (0, "1", "0")]
+)
+def test_headers_that_do_not_compile_make_room_for_others(
+    child: Callable[[str], None], there: int, works: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def candidates() -> list[headers.Headers]:
+        if not there:
+            raise LlmtracedError("no kernel headers", UNSUPPORTED)
+        return [headers.Headers(Path(), Path(), exact=False, in_place=False)] * there
+
+    monkeypatch.setattr(headers, "candidates", candidates)
+    child(AGAIN.replace("WORKS", works))
+    if not said:
+        assert loader.compile_in_child("module", "argument") == ({"names": []}, [])
+        return
+    with pytest.raises(LlmtracedError, match=f"^cannot load the BPF programs: cannot compile .*{said}$"):
+        loader.compile_in_child("module", "argument")
 
 
 def test_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
