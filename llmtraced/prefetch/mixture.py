@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
+import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ _KEEPERS = 2
 _ROWS = 8  # tokens of a batch whose choices are worked out
 _RESERVE_LAYERS = 3  # of experts that are all read: so much room is made ahead
 _PIECES = 64  # speculative slices that may wait: more would only be late
+_STALE_NS = 5_000_000  # a tick that is taken up so late is of the past
 _STRAYS = -1  # to be given back, beside experts by number: whatever is there of others
 _STRAY_BYTES = 2 << 20
 _EDGES = 64 << 10  # of an expert that is not kept: what its neighbours have in common with it
@@ -118,7 +120,7 @@ class Mixture:
         nbytes = [layer.nbytes for layer in self.layers for _ in range(self.n_experts)]
         self.residency = Residency(nbytes, 0)
         self.seen = self.guessed = self.right = self.surprises = 0
-        self.read_bytes = self.failed = self.lost = 0
+        self.read_bytes = self.failed = self.lost = self.stale = 0
         self._guesses: dict[int, set[int]] = {}
         self._chosen: dict[int, set[int]] = {}  # of this token, by layer: what its router's input said
         self._left: dict[int, int] = {}  # slices of an expert that are still to be read
@@ -160,14 +162,18 @@ class Mixture:
         self._guesses.clear()
         self._chosen.clear()
 
-    def tick(self, mark: int, value: int, told: bytes) -> bool:
+    def tick(self, ts: int, mark: int, value: int, told: bytes) -> bool:
         """Take in that the server has come to a mark; return whether it was one of ours."""
         layer = self._by_mark.get(mark)
         if layer is None:
             return False
         self.collect()
+        fresh = time.monotonic_ns() - ts < _STALE_NS
         if mark == layer.experts_mark:
-            self._used(layer, choices(value, told))
+            self._used(layer, choices(value, told), fresh=fresh)
+            return True
+        if not fresh:  # the server is past it: what is ahead of it matters
+            self.stale += 1
             return True
         inputs = self._inputs(value & (1 << 48) - 1, value >> 48, told)
         if not inputs:
@@ -175,10 +181,14 @@ class Mixture:
         if mark == layer.attention_mark:
             guess = self._choose(layer, inputs, self._before[layer.number])
             self._guesses[layer.number] = guess
-            self._fetch(self.residency.expect(self._numbers(layer, guess)))
+            numbers = self._numbers(layer, guess)
+            self._promote(numbers)
+            self._fetch(self.residency.expect(numbers))
             return True
         chosen = self._chosen[layer.number] = self._choose(layer, inputs, self._ones)
-        self._fetch(self.residency.use(self._numbers(layer, chosen)))
+        numbers = self._numbers(layer, chosen)
+        self._promote(numbers)
+        self._fetch(self.residency.use(numbers))
         for later, scale in zip(self.layers[layer.number + 1 :], self._after[layer.number], strict=False):
             if len(self._early) > _PIECES:
                 break
@@ -205,7 +215,7 @@ class Mixture:
         at = scale.buffer_info()[0]
         return {e for x in inputs for e in self.router.choose(layer.weights, x, at)}
 
-    def _used(self, layer: _Layer, rows: list[tuple[int, ...]]) -> None:
+    def _used(self, layer: _Layer, rows: list[tuple[int, ...]], *, fresh: bool) -> None:
         """Take in what the server says that it uses."""
         if not rows:
             return  # a prompt uses nearly all of them, one after the other: that is what readahead is for
@@ -213,7 +223,12 @@ class Mixture:
         known = self._chosen.get(layer.number)
         more = used - known if known is not None else used
         self.surprises += len(more) if known is not None else 0
-        self._fetch(self.residency.use(self._numbers(layer, more)))
+        read = self.residency.use(self._numbers(layer, more))
+        if fresh:
+            self._fetch(read)
+        else:
+            for one in read:
+                self.residency.gone(one)
         self.seen += len(used)
         guess = self._guesses.get(layer.number)
         if guess is not None:
@@ -249,6 +264,14 @@ class Mixture:
                 (one, at) for at in range(0 if early else 1, slices) for one in experts
             )
             self._turn.notify_all()
+
+    def _promote(self, experts: list[int]) -> None:
+        """Make what was asked for early urgent."""
+        with self._turn:
+            if any(one in experts for one, _ in self._early):
+                self._urgent.extend(wanted for wanted in self._early if wanted[0] in experts)
+                self._early = deque(wanted for wanted in self._early if wanted[0] not in experts)
+                self._turn.notify_all()
 
     def _make_room(self) -> None:
         """Have the coldest experts given back."""
@@ -440,6 +463,7 @@ class Mixture:
             "read_bytes": self.read_bytes,
             "failed_reads": self.failed,
             "lost": self.lost,
+            "stale_ticks": self.stale,
             "locked_bytes": self.locked_bytes,
             "ahead_precision": self.right / self.guessed if self.guessed else None,
             "router_surprises": self.surprises,

@@ -138,7 +138,7 @@ class Sidecar:
         if self.mixture is not None:
             if mark == BEGIN:
                 self.mixture.begin()
-            elif self.mixture.tick(mark, value, experts):
+            elif self.mixture.tick(ts, mark, value, experts):
                 return
         if mark == BEGIN:
             self._begun, self._batch = ts, value
