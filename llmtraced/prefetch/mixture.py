@@ -119,7 +119,7 @@ class Mixture:
         }
         nbytes = [layer.nbytes for layer in self.layers for _ in range(self.n_experts)]
         self.residency = Residency(nbytes, 0)
-        self.seen = self.guessed = self.right = self.surprises = 0
+        self.seen = self.guessed = self.right = self.surprises = self.checked = 0
         self.read_bytes = self.failed = self.lost = self.stale = 0
         self._guesses: dict[int, set[int]] = {}
         self._chosen: dict[int, set[int]] = {}  # of this token, by layer: what its router's input said
@@ -222,7 +222,9 @@ class Mixture:
         used = {e for row in rows for e in row if 0 <= e < self.n_experts}
         known = self._chosen.get(layer.number)
         more = used - known if known is not None else used
-        self.surprises += len(more) if known is not None else 0
+        if known is not None and len(rows) == 1:  # of more rows, the input may have been overwritten when it was read
+            self.surprises += len(more)
+            self.checked += len(used)
         read = self.residency.use(self._numbers(layer, more))
         if fresh:
             self._fetch(read)
@@ -466,6 +468,7 @@ class Mixture:
             "stale_ticks": self.stale,
             "locked_bytes": self.locked_bytes,
             "ahead_precision": self.right / self.guessed if self.guessed else None,
+            "router_checked": self.checked,
             "router_surprises": self.surprises,
             "hottest": [[one // self.n_experts, one % self.n_experts] for one in r.hottest()[:32]],
         }

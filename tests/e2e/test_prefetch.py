@@ -551,7 +551,8 @@ def test_a_mixtures_choices_are_known_before_they_are_made(tmp_path: Path, llama
             summary = sidecar.end()
         told = summary["experts"]
         assert told["chosen"] >= 2 * TOKENS * shape.n_layers
-        assert told["router_surprises"] <= told["chosen"] / 100  # two that are as good as equal
+        assert told["router_checked"] > told["chosen"] / 4
+        assert told["router_surprises"] <= told["router_checked"] / 500  # two that are as good as equal
         assert told["ahead_precision"] > 0.5  # 4 of 64 by chance: 0.06
         assert told["read_bytes"] > 0
         assert told["failed_reads"] == 0
