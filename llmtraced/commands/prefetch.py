@@ -10,7 +10,7 @@ own compute graph, and works if they read from disk. Ctrl-C ends it, and the ker
   pattern  only read ahead, by readahead(2)
   uring    only read ahead, by io_uring (needs the package liburing)
   moe      as auto, and fetch a mixture's experts as they are chosen, keep the hot ones. Not yet part of auto: it wins
-           where readahead is megabytes and memory a fraction of the model, and loses elsewhere
+           where readahead is megabytes and memory a fraction of the model; elsewhere it may lose
   off      do nothing, and say what would be managed
 """
 
