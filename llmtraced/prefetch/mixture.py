@@ -84,7 +84,7 @@ class Mixture:
     Args:
         pid: the server.
         pages: of each file of the model.
-        told: ``launch.mixture``: layers in order, experts and how many are used, length of the routers' input.
+        told: ``routing.mixture``: layers in order, experts and how many are used, length of the routers' input.
         ahead: layers that are looked ahead, 0 to 2.
         say: where to tell what is done.
 
@@ -97,7 +97,7 @@ class Mixture:
     def __init__(
         self, pid: int, pages: list[Pages], told: Mapping[str, Any], ahead: int, say: Callable[[str], None]
     ) -> None:
-        self.pid, self.pages, self.say, self.ahead = pid, pages, say, ahead
+        self.pid, self.pages, self.say = pid, pages, say
         self.layers = [_Layer(i, one, pages) for i, one in enumerate(told["layers"])]
         self.n_experts: int = told["n_experts"]
         self.n_used: int = told["n_used"]
