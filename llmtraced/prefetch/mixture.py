@@ -21,7 +21,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from llmtraced.prefetch.clock import EXPERTS, INPUT, choices
 from llmtraced.prefetch.experts import ABSENT, HERE, Residency
@@ -29,6 +29,8 @@ from llmtraced.prefetch.pages import Pages
 from llmtraced.prefetch.router import Router
 
 __all__ = ["Mixture"]
+
+_One = TypeVar("_One")
 
 _READERS = 2
 _KEEPERS = 2
@@ -272,7 +274,9 @@ class Mixture:
         with self._turn:
             if any(one in experts for one, _ in self._early):
                 self._urgent.extend(wanted for wanted in self._early if wanted[0] in experts)
-                self._early = deque(wanted for wanted in self._early if wanted[0] not in experts)
+                left = [wanted for wanted in self._early if wanted[0] not in experts]
+                self._early.clear()  # in place: the readers hold it
+                self._early.extend(left)
                 self._turn.notify_all()
 
     def _make_room(self) -> None:
@@ -306,38 +310,27 @@ class Mixture:
         file, offset, size = self.layers[one // self.n_experts].slices[at]
         return self.pages[file], offset + one % self.n_experts * size, size
 
+    def _next(self, *queues: deque[_One]) -> _One | None:
+        """Wait for something in the queues, and take it: of the first ones first; None: it is over."""
+        with self._turn:
+            while not (self._closed or any(queues)):
+                self._turn.wait()
+            return None if self._closed else next(queue for queue in queues if queue).popleft()
+
     def _reader(self) -> None:
         """Read slices, in a thread: what is urgent first."""
-        while True:
-            with self._turn:
-                while not (self._urgent or self._early or self._closed):
-                    self._turn.wait()
-                if self._closed:
-                    return
-                one, at = (self._urgent or self._early).popleft()
-            self._read(one, at)
+        while (wanted := self._next(self._urgent, self._early)) is not None:
+            self._read(*wanted)
 
     def _keeper(self) -> None:
         """Lock what has been read, in a thread: it waits until the last page has come."""
-        while True:
-            with self._turn:
-                while not (self._arriving or self._closed):
-                    self._turn.wait()
-                if self._closed:
-                    return
-                one = self._arriving.popleft()
+        while (one := self._next(self._arriving)) is not None:
             if self.residency.state[one] == HERE and one not in self._locked:
                 self._lock(one)
 
     def _leaver(self) -> None:
         """Give back what is to go, in a thread."""
-        while True:
-            with self._turn:
-                while not (self._leaving or self._closed):
-                    self._turn.wait()
-                if self._closed:
-                    return
-                one = self._leaving.popleft()
+        while (one := self._next(self._leaving)) is not None:
             if one == _STRAYS:
                 self._drop_strays()
             else:
