@@ -54,6 +54,7 @@ _SLACK_SHARE: Final = 200  # one part in so many of the memory stays free, and
 _LEAST_SLACK: Final = 8 << 20
 _MOST_WIDTH: Final = 16_384
 _NEVER: Final = 1 << 40  # tokens to watch first
+_LEFT: Final = "a mixture of experts: what every token uses is managed, its experts are left to the kernel"
 _WAIT_SECONDS: Final = 5.0  # between lines that say what is waited for
 
 _CODE: Final = (
@@ -136,7 +137,7 @@ def run(pid: int, options: Options) -> NoReturn:
         learned = given or plans.from_tensors(label, model)
     _warn(learned, unbacked)
     if merged and experts is None:
-        log.warning("a mixture of experts: what every token uses is managed, its experts are left to the kernel")
+        log.warning(_LEFT)
     config = configuration(target, label, files, learned, unbacked, ticks, marks, options)
     config["mixture"], config["ahead"] = experts, options.ahead
     if experts is not None and experts["code"] is not None:
@@ -161,6 +162,8 @@ def live_plan(pid: int) -> Plan:
     plan = plans.from_graph(label, model, graph, layout)
     unbacked = _unbacked(graph, [f for f in target.files if f.label == label])
     _warn(plan, unbacked)
+    if any(tensor.n_experts for tensor in model.tensors):
+        log.warning(_LEFT)
     return replace(plan, entries=tuple(e for e in plan.entries if e.tensor_name not in unbacked))
 
 
