@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how to follow the server (default auto)",
     )
     parser.add_argument(
-        "--ahead", metavar="N", type=int, choices=(0, 1, 2), default=1, help="layers that experts are guessed ahead (1)"
+        "--ahead", metavar="N", type=int, choices=(0, 1, 2), default=0, help="layers that experts are guessed ahead (0)"
     )
     parser.add_argument("--no-join", action="store_true", help="stay out of the server's memory cgroup")
     parser.add_argument("--metrics", metavar="FILE", type=Path, help="write Prometheus metrics here, once a second")

@@ -16,7 +16,7 @@ __all__ = ["ABSENT", "COMING", "HALF_LIFE", "HERE", "Residency"]
 
 ABSENT, COMING, HERE = 0, 1, 2
 
-HALF_LIFE = 64.0
+HALF_LIFE = 8.0
 """Tokens after which a use counts half."""
 
 _COLD = -math.inf

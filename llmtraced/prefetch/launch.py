@@ -92,7 +92,7 @@ class Options:
     path: str = ""
     trial: int = 3
     join: bool = True
-    ahead: int = 1
+    ahead: int = 0
     clock: str = "auto"
     metrics: Path | None = None
     json: bool = False

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import threading
 import time
 from array import array
@@ -33,12 +34,10 @@ __all__ = ["Mixture"]
 _One = TypeVar("_One")
 
 _READERS = 2
-_KEEPERS = 2
 _ROWS = 8  # tokens of a batch whose choices are worked out
 _RESERVE_LAYERS = 3  # of experts that are all read: so much room is made ahead
 _PIECES = 64  # speculative slices that may wait: more would only be late
 _STALE_NS = 5_000_000  # a tick that is taken up so late is of the past
-_STRAYS = -1  # to be given back, beside experts by number: whatever is there of others
 _STRAY_BYTES = 2 << 20
 _EDGES = 64 << 10  # of an expert that is not kept: what its neighbours have in common with it
 _SWEEPS = 8  # and all layers have been looked at
@@ -78,6 +77,17 @@ def _ratio(norm: array[float] | None, like: array[float] | None) -> array[float]
     if norm is None or like is None:
         return None
     return array("f", (b / a if a else 0.0 for a, b in zip(norm, like, strict=True)))
+
+
+def _hurry(priority: int) -> None:
+    """Let this thread go before the server's, as far as that is allowed; 0: no longer.
+
+    The server's threads spin on all processors, and from its router to its experts it takes 50 us. A thread that has to
+    wait for its turn gets it milliseconds later.
+    """
+    policy = os.SCHED_FIFO if priority else os.SCHED_OTHER
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, policy, os.sched_param(priority))
 
 
 class Mixture:
@@ -125,13 +135,11 @@ class Mixture:
         self.read_bytes = self.failed = self.lost = self.stale = 0
         self._guesses: dict[int, set[int]] = {}
         self._chosen: dict[int, set[int]] = {}  # of this token, by layer: what its router's input said
+        self._sure: set[int] = set()  # here, as of this token
         self._left: dict[int, int] = {}  # slices of an expert that are still to be read
         self._urgent: deque[tuple[int, int]] = deque()
         self._early: deque[tuple[int, int]] = deque()
         self._leaving: deque[int] = deque()
-        self._arriving: deque[int] = deque()
-        self._locked: set[int] = set()
-        self._refused = False
         self._done: deque[tuple[int, int, bool]] = deque()
         self._turn = threading.Condition()
         self._closed = False
@@ -153,16 +161,15 @@ class Mixture:
 
         It is what its readahead took for good: megabytes around each fault. They must go before memory is full of them.
         """
-        if read > _STRAY_BYTES and _STRAYS not in self._leaving:
-            with self._turn:
-                self._leaving.append(_STRAYS)
-                self._turn.notify_all()
+        if read > _STRAY_BYTES:
+            self.sweep()
 
     def begin(self) -> None:
         """Take in that a graph begins."""
         self.residency.token += 1
         self._guesses.clear()
         self._chosen.clear()
+        self._sure.clear()
 
     def tick(self, ts: int, mark: int, value: int, told: bytes) -> bool:
         """Take in that the server has come to a mark; return whether it was one of ours."""
@@ -241,12 +248,12 @@ class Mixture:
         self._make_room()
 
     def _numbers(self, layer: _Layer, experts: set[int]) -> list[int]:
-        """Return the experts' numbers, after a look whether those that are not locked are really here."""
+        """Return the experts' numbers; those held to be here are looked at once a token, for nothing is locked."""
         numbers = [layer.number * self.n_experts + e for e in sorted(experts)]
         for one in numbers:
-            if self.residency.state[one] == HERE and one not in self._locked:
-                pages, offset, size = self._range(one, 0)
-                if pages.resident_range(offset, size) < size:
+            if self.residency.state[one] == HERE and one not in self._sure:
+                self._sure.add(one)
+                if any(pages.resident_range(o, n) < n for pages, o, n in self._ranges(one)):
                     self.residency.gone(one)
                     self.lost += 1
         return numbers
@@ -290,7 +297,6 @@ class Mixture:
 
     def collect(self) -> None:
         """Take in what has been read."""
-        arrived = []
         while self._done:
             one, nbytes, failed = self._done.popleft()
             self.read_bytes += nbytes
@@ -299,12 +305,6 @@ class Mixture:
             if not self._left[one]:
                 del self._left[one]
                 self.residency.arrived(one)
-                if self.residency.state[one] == HERE:
-                    arrived.append(one)
-        if arrived:
-            with self._turn:
-                self._arriving.extend(arrived)
-                self._turn.notify_all()
 
     def _range(self, one: int, at: int) -> tuple[Pages, int, int]:
         file, offset, size = self.layers[one // self.n_experts].slices[at]
@@ -319,41 +319,14 @@ class Mixture:
 
     def _reader(self) -> None:
         """Read slices, in a thread: what is urgent first."""
+        _hurry(1)
         while (wanted := self._next(self._urgent, self._early)) is not None:
             self._read(*wanted)
-
-    def _keeper(self) -> None:
-        """Lock what has been read, in a thread: it waits until the last page has come."""
-        while (one := self._next(self._arriving)) is not None:
-            if self.residency.state[one] == HERE and one not in self._locked:
-                self._lock(one)
 
     def _leaver(self) -> None:
         """Give back what is to go, in a thread."""
         while (one := self._next(self._leaving)) is not None:
-            if one == _STRAYS:
-                self._drop_strays()
-            else:
-                self._give_back(one)
-
-    def _drop_strays(self) -> None:
-        """Give back what the server has read of experts that are not kept."""
-        for one, state in enumerate(self.residency.state):
-            if state == ABSENT and sum(pages.resident_range(o, n) for pages, o, n in self._ranges(one)) > _EDGES:
-                self._give_back(one)
-
-    def _lock(self, one: int) -> None:
-        """Keep an expert in memory, whatever the server reads besides."""
-        self._locked.add(one)
-        for pages, offset, size in self._ranges(one):
-            try:
-                if pages.resident_range(offset, size) < size:  # a read that found no memory stops without a word
-                    pages.ask(offset, size)
-                pages.hold(offset, size)
-            except OSError as error:
-                if not self._refused:
-                    self._refused = True
-                    self.say(f"cannot lock more than {self.locked_bytes >> 20} MB of experts: {error.strerror}")
+            self._give_back(one)
 
     def _read(self, one: int, at: int) -> None:
         pages, offset, size = self._range(one, at)
@@ -367,11 +340,7 @@ class Mixture:
     def _give_back(self, one: int) -> None:
         if self.residency.state[one] != ABSENT:
             return  # it was chosen again meanwhile
-        locked = one in self._locked
-        self._locked.discard(one)
         for pages, offset, size in self._ranges(one):
-            if locked:
-                pages.let_go(offset, size)
             with contextlib.suppress(OSError):
                 pages.give_back_range(offset, size)
 
@@ -380,10 +349,11 @@ class Mixture:
     def hold(self, capacity: int) -> None:
         """Keep experts in so many bytes from now on."""
         if not self._threads:
-            work = (*[self._reader] * _READERS, *[self._keeper] * _KEEPERS, self._leaver)
+            work = (*[self._reader] * _READERS, self._leaver)
             self._threads = [threading.Thread(target=one, daemon=True) for one in work]
             for thread in self._threads:
                 thread.start()
+            _hurry(2)
             self.residency.capacity = capacity
             self.sweep(adopt=True)
         self.residency.capacity = capacity
@@ -403,20 +373,14 @@ class Mixture:
             state = residency.state[one]
             there = sum(pages.resident_range(o, n) for pages, o, n in self._ranges(one))
             whole = there >= residency.nbytes[one]
-            if state == ABSENT and whole and (adopt or residency.held + residency.nbytes[one] < residency.capacity):
+            if state == ABSENT and whole and residency.held + residency.nbytes[one] < residency.capacity:
                 residency.adopt([one])
-                self._arriving.append(one)
             elif state == ABSENT and there > _EDGES:
                 self._leaving.append(one)
             elif state == HERE and not there:
                 residency.gone(one)
         with self._turn:
             self._turn.notify_all()
-
-    @property
-    def locked_bytes(self) -> int:
-        """Bytes of experts that are locked."""
-        return sum(self.residency.nbytes[one] for one in list(self._locked))
 
     def relieve(self, nbytes: int) -> int:
         """Give up experts of that many bytes, the coldest first; return how many bytes will be free."""
@@ -435,10 +399,7 @@ class Mixture:
             self._turn.notify_all()
         for thread in self._threads:
             thread.join()
-        for one in self._locked:
-            for pages, offset, size in self._ranges(one):
-                pages.let_go(offset, size)
-        self._locked.clear()
+        _hurry(0)
 
     def summary(self) -> dict[str, Any]:
         """Return what was done so far; docs/prefetching.md explains the fields."""
@@ -459,7 +420,6 @@ class Mixture:
             "failed_reads": self.failed,
             "lost": self.lost,
             "stale_ticks": self.stale,
-            "locked_bytes": self.locked_bytes,
             "ahead_precision": self.right / self.guessed if self.guessed else None,
             "router_checked": self.checked,
             "router_surprises": self.surprises,

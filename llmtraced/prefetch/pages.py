@@ -79,7 +79,6 @@ class Pages:
         self.size = os.fstat(fd).st_size
         # The kernel aligns a mapping of 2 MiB and more so that its huge pages fit (thp_get_unmapped_area).
         self._base = address = _mapped(fd, self.size)
-        self._small = 0  # mapped once more, without huge pages, where ranges are held
         whole = self.size // _PAGE * _PAGE
         self.huge = _libc.madvise(address, whole, _MADV_HUGEPAGE) == 0
         # Only what is asked for: without this a huge-page fault reads the next chunk, too.
@@ -89,8 +88,6 @@ class Pages:
     def close(self) -> None:
         """Unmap the file here; what was locked is no longer."""
         _libc.munmap(self._base, self.size)
-        if self._small:
-            _libc.munmap(self._small, self.size)
 
     @property
     def chunks(self) -> int:
@@ -206,25 +203,6 @@ class Pages:
         """
         for at in range(offset, offset + length, _PIECE):
             _check(_libc.readahead(self.fd, at, min(_PIECE, offset + length - at)))
-
-    def hold(self, offset: int, length: int) -> None:
-        """Keep the pages of any range in memory, once they have come, until :meth:`let_go`.
-
-        Raises:
-            OSError: as :meth:`pin`.
-        """
-        if not self._small:
-            self._small = _mapped(self.fd, self.size)
-            _libc.madvise(self._small, self.size, _MADV_RANDOM)
-        first = offset // _PAGE * _PAGE
-        _check(_libc.mlock(self._small + first, offset + length - first))
-
-    def let_go(self, offset: int, length: int) -> None:
-        """Undo :meth:`hold` for the whole pages of a range."""
-        first, last = -(-offset // _PAGE) * _PAGE, (offset + length) // _PAGE * _PAGE
-        if first < last:
-            _libc.munlock(self._small + first, last - first)
-            _libc.madvise(self._small + first, last - first, _MADV_DONTNEED)
 
     def give_back_range(self, offset: int, length: int) -> None:
         """Do as :meth:`give_back` and :meth:`drop` with the whole pages of any range; others use the pages at its ends.

@@ -236,18 +236,14 @@ class Sidecar:
             if self.governor.reading(self._server_read - before):
                 self._obey()
 
-    def _locked(self) -> int:
-        """Return the bytes that are locked."""
-        pinned = self.work.pinned_bytes if self.work is not None else 0
-        return pinned + (self.mixture.locked_bytes if self.mixture is not None else 0)
-
     def _room(self) -> int:
         """Return the bytes that the model's chunks may take."""
         assert self.work is not None
         # Usage and residency cannot be read at the same moment, and megabytes move between two readings.
         count = 3 if self.strategy["stream"] else 1
+        pinned = self.work.pinned_bytes
         small = self.mixture is not None  # pages: to count them would take too long
-        looks = sorted(self.memory.room(None if small else self.work.resident(), self._locked()) for _ in range(count))
+        looks = sorted(self.memory.room(None if small else self.work.resident(), pinned) for _ in range(count))
         room = max(looks[count // 2] - self.slack, 0)
         asked: int | None = self.config["budget"]
         return room if asked is None else min(room, asked)
@@ -351,7 +347,7 @@ class Sidecar:
             "tokens": self.tokens,
             "model_bytes": self.total,
             "budget_bytes": self.budget,
-            "pinned_bytes": self._locked(),
+            "pinned_bytes": self.work.pinned_bytes if self.work else 0,
             "window_bytes": self.work.window if self.work else 0,
             "path": self.work.path if self.work else "",
             "clock": "ticks" if self.ring is not None else "page table",
