@@ -1,0 +1,135 @@
+"""Which experts are chosen, from two independent sources: what the server looked up, and its routers' logits.
+
+The ids of the table ``routing`` are llama-server's own ``ffn_moe_topk`` tensors. The logits are worked out here, in
+numpy, from the routers in the file and the activations that a probe copied when the server began to multiply them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from helpers import wait_until
+
+from llmtraced.analysis.trace import Trace, collect, open_trace
+from llmtraced.bench import models
+from llmtraced.bench.engine import Server
+from llmtraced.bench.shapes import ARCHS
+from llmtraced.capture import Capture
+from llmtraced.gguf_map import read_model
+from llmtraced.schema import Detail
+
+pytestmark = pytest.mark.e2e
+
+SIZE = 60_000_000
+PROMPT = [5 + 7 * n for n in range(16)]
+CLOSE = 1e-4
+"""Logits, whose standard deviation is 2, that are nearer to each other than this count as a tie: llama-server adds up
+the same products in another order."""
+
+
+def record(folder: Path, model: Path, server_binary: Path, n: int, *, page_out: bool = False) -> Trace:
+    """Record ``n`` tokens of decoding, after the layout is known."""
+    capture = Capture(folder, Detail.OPS, flush_seconds=1, router_scores=True)
+    try:
+        with Server(model, binary=server_binary, threads=1, ctx=2048, extra=("--no-repack",)) as server:
+            session = capture.attach(server.pid)
+
+            def ready() -> bool:
+                server.completion(PROMPT[:3], 4)
+                for _ in range(3):
+                    capture.step()
+                return session.layout is not None and session.writer.rows["router_scores"] > 0
+
+            wait_until(ready, 60, f"router scores to come; {session.problems}")
+            if page_out:
+                for start, end, _, _ in session.tracer.ranges(session.slot):
+                    drop(server.pid, start, end)
+            asked = {"temperature": 1.0, "seed": 7}
+            client = threading.Thread(target=server.completion, args=(PROMPT, n), kwargs=asked)
+            client.start()
+            while client.is_alive():
+                capture.step()
+            until = time.monotonic() + 0.3
+            while time.monotonic() < until:
+                capture.step()
+    finally:
+        capture.close()
+    return open_trace(folder)
+
+
+def drop(pid: int, start: int, end: int) -> None:
+    """Have the process fault again on what it has mapped there: process_madvise(MADV_PAGEOUT)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = os.pidfd_open(pid)
+    vector = (ctypes.c_uint64 * 2)(start, end - start)
+    assert libc.syscall(440, pidfd, vector, 1, 21, 0) > 0, os.strerror(ctypes.get_errno())
+    os.close(pidfd)
+
+
+def compare(trace: Trace) -> tuple[int, int, int]:
+    """Return how many choices of experts were compared, how many of them are ties, and of how many tokens they are."""
+    own = trace.table("router_scores", "decode").filter(pl.col("source") == "router", pl.col("ahead") == 0)
+    chosen = trace.table("routing", "decode").select("token", "layer", "experts")
+    rows = collect(own.select("token", "layer", "scores").join(chosen, on=("token", "layer")))
+    scores = np.array(rows["scores"].to_list())
+    experts = np.array(rows["experts"].to_list())
+    k = experts.shape[1]
+    given = np.take_along_axis(scores, experts, axis=1)
+    best = -np.sort(-scores, axis=1)[:, :k]
+    wrong = given != best  # in the router's order; the same number stands for the same expert
+    assert np.abs(given - best)[wrong].max(initial=0) < CLOSE
+    unlike = (np.sort(np.argsort(-scores, axis=1)[:, :k], axis=1) != np.sort(experts, axis=1)).any(axis=1)
+    return rows.height, int(unlike.sum()), rows["token"].n_unique()
+
+
+def test_a_thousand_tokens_choose_what_their_routers_say(tmp_path: Path, llama_server: Path) -> None:
+    n = 1009  # a prime number
+    shape = models.moe_preset(2 * SIZE)
+    trace = record(tmp_path / "trace", models.write(tmp_path / "m.gguf", shape), llama_server, n)
+    compared, ties, tokens = compare(trace)
+    assert all(cell["dropped"] == 0 for cell in trace.account.values()), trace.account
+    assert tokens >= 1000
+    assert compared >= 1000 * shape.n_layers
+    assert ties <= compared // 1000
+    first = int(collect(trace.table("router_scores").select(pl.col("token").min())).item())  # begins in its middle
+    routed = collect(trace.table("routing", "decode").filter(pl.col("token") > first))
+    assert compared >= routed.height, "every choice since the routers were seen was compared"
+    print(f"{compared} choices of {shape.n_used} experts, {tokens} tokens: {ties} ties, no other difference")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_each_shape_has_the_right_ids_and_the_right_slices(tmp_path: Path, llama_server: Path, arch: str) -> None:
+    """Ids are the routers'; and no other slice is touched: the merged matrices' and, where there are, their biases'."""
+    shape = models.moe_preset(SIZE, n_experts=16, n_used=2, arch=arch)
+    path = models.write(tmp_path / "m.gguf", shape)
+    trace = record(tmp_path / "trace", path, llama_server, 61, page_out=True)
+    compared, ties, _ = compare(trace)
+    assert ties <= compared // 100
+    merged = {t.name: t for t in read_model(path).tensors if t.n_experts}
+    layers = {t.layer for t in merged.values()}
+    assert min(layers) == ARCHS[arch].n_dense, "layers without experts choose none"
+    routing = collect(trace.table("routing"))
+    assert set(routing["layer"]) == layers
+    chosen: dict[tuple[int, int], set[int]] = {}
+    for token, layer, experts in routing.select("token", "layer", "experts").iter_rows():
+        chosen.setdefault((token, layer), set()).update(experts)
+    touched = collect(
+        trace.table("faults").filter(pl.col("expert") >= 0).select("token", "tensor_name", "expert", "offset_bytes")
+    ).with_columns(pl.col("tensor_name").cast(pl.String))
+    named = {key[0] for key in chosen}
+    touched = touched.filter(pl.col("token").is_in(named))
+    # An expert is what its bytes say, and one that was chosen; biases are read whole pages at a time, so not told apart
+    weights = touched.filter(pl.col("tensor_name").str.ends_with(".weight"))
+    assert weights["tensor_name"].n_unique() == len([n for n in merged if n.endswith(".weight")])
+    for token, name, expert, offset in weights.iter_rows():
+        one = merged[name]
+        assert (offset - one.offset) // one.expert_bytes == expert
+        assert expert in chosen[token, one.layer], (token, name, expert)
+    assert weights.select("tensor_name", "expert").unique().height > len(merged)
