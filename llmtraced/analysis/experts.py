@@ -23,7 +23,7 @@ from llmtraced.analysis.routing import Accesses, Gaps, Layer, Routing, chance, l
 from llmtraced.analysis.trace import Trace, collect, verdict
 from llmtraced.errors import USAGE, LlmtracedError
 
-__all__ = ["BLOCKS", "CELLS", "REPLAYED", "SHARES", "experts", "hot_cold"]
+__all__ = ["BLOCKS", "CELLS", "REPLAYED", "SHARES", "expert_layers", "experts", "hot_cold"]
 
 Ints: TypeAlias = NDArray[np.int64]
 
@@ -58,7 +58,7 @@ def experts(trace: Trace, phase: str | None = None, layer: int | None = None) ->
         LlmtracedError: the model has experts, but none in ``layer``.
     """
     notes = list(trace.notes)
-    tensors, layers = _layers(trace, notes)
+    tensors, layers = expert_layers(trace, notes)
     if layer is not None and layers:
         if layer not in (one.number for one in layers):
             raise LlmtracedError(
@@ -131,7 +131,7 @@ def hot_cold(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{name: row[name] for name in _NAMED} for row in report["hot_cold"]]
 
 
-def _layers(trace: Trace, notes: list[str]) -> tuple[pl.DataFrame, list[Layer]]:
+def expert_layers(trace: Trace, notes: list[str]) -> tuple[pl.DataFrame, list[Layer]]:
     """Return the merged expert tensors, and the layers that they are in."""
     tensors = trace.tensors.filter((pl.col("n_experts") > 0) & (pl.col("layer") >= 0))
     owners = tensors.group_by("model").agg(pl.col("size_bytes").sum()).sort("size_bytes", "model", descending=True)
@@ -287,6 +287,7 @@ def _cache(accesses: Accesses, n: int, size_bytes: int) -> dict[str, Any]:
     distances = replay.stack_distances(slices, n)
     sizes = sorted({max(round(share * n), 1) for share in SHARES}) if total else []
     half = len(slices) // 2
+    lfu, belady = replay.lfu_order(slices), replay.belady_order(slices)
     ranking, learned = replay.by_frequency(slices, n), replay.by_frequency(slices[:half], n)
     curve = [
         {
@@ -294,9 +295,9 @@ def _cache(accesses: Accesses, n: int, size_bytes: int) -> dict[str, Any]:
             "share": size / n,
             "bytes": round(size * size_bytes / n),
             "lru": lru / len(slices),
-            "lfu": replay.lfu_hits(slices, n, size) / len(slices),
+            "lfu": int(replay.kept(slices, lfu, n, size).sum()) / len(slices),
             "pinned": int(replay.pinned_hits(slices, ranking, size).sum()) / len(slices),
-            "belady": replay.belady_hits(slices, n, size) / len(slices),
+            "belady": int(replay.kept(slices, belady, n, size).sum()) / len(slices),
             "second_half_lru": late / (len(slices) - half),
             "second_half_pinned": int(replay.pinned_hits(slices, learned, size)[half:].sum()) / (len(slices) - half),
         }
