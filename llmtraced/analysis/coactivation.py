@@ -113,7 +113,7 @@ def guesses(first: NDArray[np.int32], second: NDArray[np.int32], n: int, m: int,
         m: experts of the later layer.
         learn: the rows that this is learned from.
     """
-    frequency = _count(second[learn], m) / max(np.count_nonzero(learn), 1)
+    frequency = _count(second[learn], m) / max(int(np.count_nonzero(learn)), 1)
     joint = _joint(first[learn], second[learn], n, m)
     return _applied(_learned(joint, first[learn], frequency), first)
 

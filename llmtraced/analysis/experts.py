@@ -23,7 +23,7 @@ from llmtraced.analysis.routing import Accesses, Gaps, Layer, Routing, chance, l
 from llmtraced.analysis.trace import Trace, collect, verdict
 from llmtraced.errors import USAGE, LlmtracedError
 
-__all__ = ["BLOCKS", "CELLS", "REPLAYED", "SHARES", "expert_layers", "experts", "hot_cold"]
+__all__ = ["BLOCKS", "CELLS", "REPLAYED", "SHARES", "expert_layers", "experts", "hot_cold", "numbered"]
 
 Ints: TypeAlias = NDArray[np.int64]
 
@@ -64,7 +64,7 @@ def experts(trace: Trace, phase: str | None = None, layer: int | None = None) ->
             raise LlmtracedError(
                 f"layer {layer} has no experts; these have: {', '.join(str(one.number) for one in layers)}", USAGE
             )
-        layers = _numbered([one for one in layers if one.number == layer])
+        layers = numbered([one for one in layers if one.number == layer])
         tensors = tensors.filter(pl.col("layer") == layer)
     routing = load(trace, phase, layers)
     if routing.strays:
@@ -132,7 +132,7 @@ def hot_cold(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def expert_layers(trace: Trace, notes: list[str]) -> tuple[pl.DataFrame, list[Layer]]:
-    """Return the merged expert tensors, and the layers that they are in."""
+    """Return the merged expert tensors, and the layers that they are in; what is to be known is added to ``notes``."""
     tensors = trace.tensors.filter((pl.col("n_experts") > 0) & (pl.col("layer") >= 0))
     owners = tensors.group_by("model").agg(pl.col("size_bytes").sum()).sort("size_bytes", "model", descending=True)
     if owners.height > 1:
@@ -146,10 +146,11 @@ def expert_layers(trace: Trace, notes: list[str]) -> tuple[pl.DataFrame, list[La
         ids = pl.col("experts").list.max().max()
         seen = trace.table("routing").group_by("layer").agg(n_experts=ids + 1, expert_bytes=pl.lit(0, pl.Int64))
         sizes = collect(seen.sort("layer")).drop_nulls()
-    return tensors, _numbered([Layer(number, n, size, 0) for number, n, size in sizes.iter_rows()])
+    return tensors, numbered([Layer(number, n, size, 0) for number, n, size in sizes.iter_rows()])
 
 
-def _numbered(layers: Sequence[Layer]) -> list[Layer]:
+def numbered(layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers with their slices numbered from 0."""
     starts = np.cumsum([0, *(layer.n_experts for layer in layers)])
     return [
         Layer(layer.number, layer.n_experts, layer.slice_bytes, int(base))
