@@ -126,9 +126,15 @@ def experts(trace: Trace, phase: str | None = None, layer: int | None = None) ->
 def hot_cold(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return every slice, hottest first, as a list to be written to a file.
 
-    Keys: ``layer, expert, selections, share`` (of its layer's selections), ``bytes`` (its size), ``rank`` (from 1).
+    Keys: ``layer, expert, selections, share`` (of its layer's selections), ``bytes`` (its size), ``rank`` (from 1), and
+    ``heat``: ``hot`` (chosen more often than if its layer's experts were all alike), ``cold``, ``unused``.
     """
-    return [{name: row[name] for name in _NAMED} for row in report["hot_cold"]]
+    even = {one["layer"]: 1 / one["n_experts"] for one in report["layers"]}
+    return [
+        {name: row[name] for name in _NAMED}
+        | {"heat": "unused" if not row["selections"] else "hot" if row["share"] > even[row["layer"]] else "cold"}
+        for row in report["hot_cold"]
+    ]
 
 
 def expert_layers(trace: Trace, notes: list[str]) -> tuple[pl.DataFrame, list[Layer]]:
