@@ -106,7 +106,7 @@ def applied(model: Model) -> dict[str, list[Applied]]:
             0,
             _read(model, router),
             values(layer, ["ffn_gate_inp.bias"], (n_experts,)),
-            values(layer, ["exp_probs_b.bias"], (n_experts,)),
+            values(layer, ["exp_probs_b.bias", "exp_probs_b"], (n_experts,)),
             sigmoid,
         )
         norms[layer] = (

@@ -68,7 +68,7 @@ def draw(report: Mapping[str, Any], picture: str) -> bytes:
     below.set_ylim(len(rows) - 0.4, -0.6)
     below.set_xlim(0, 100)
     below.set_xlabel(f"% with {curve[0]['ram_share']:.0%} of the model in RAM; in brackets how long before its use")
-    below.legend(frameon=False, fontsize=9, loc="lower right")
+    below.legend(frameon=False, fontsize=9, loc="upper right")
     return plots.drawn(figure, picture)
 
 

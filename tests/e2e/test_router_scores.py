@@ -17,6 +17,7 @@ import polars as pl
 import pytest
 from helpers import wait_until
 
+from llmtraced.analysis.simulate_experts import simulate_experts
 from llmtraced.analysis.trace import Trace, collect, open_trace
 from llmtraced.bench import models
 from llmtraced.bench.engine import Server
@@ -29,6 +30,13 @@ pytestmark = pytest.mark.e2e
 
 SIZE = 60_000_000
 PROMPT = [5 + 7 * n for n in range(16)]
+LATER = (
+    "router, its own input",
+    "attention's input",
+    "router, 1 layer before",
+    "router, 2 layers before",
+    "last tokens",
+)
 CLOSE = 1e-4
 """Logits, whose standard deviation is 2, that are nearer to each other than this count as a tie: llama-server adds up
 the same products in another order."""
@@ -101,6 +109,16 @@ def test_a_thousand_tokens_choose_what_their_routers_say(tmp_path: Path, llama_s
     first = int(collect(trace.table("router_scores").select(pl.col("token").min())).item())  # begins in its middle
     routed = collect(trace.table("routing", "decode").filter(pl.col("token") > first))
     assert compared >= routed.height, "every choice since the routers were seen was compared"
+    predictors = {
+        (one["predictor"], one["width"]): one for one in simulate_experts(trace, disk_bandwidth=1e9)["predictors"]
+    }
+    right = {name: one["right_share"] for (name, width), one in predictors.items() if width == 1}
+    assert right["router, its own input"] > 0.999
+    assert right["attention's input"] > 0.9
+    assert 0.95 > right["router, 1 layer before"] > right["router, 2 layers before"] > 0.5
+    assert right["router, 2 layers before"] > right["last tokens"] > right["most frequent"] > 4 / 64
+    leads = [predictors[name, 1]["lead_ns"] for name in LATER]
+    assert leads == sorted(leads), "what is more certain comes later"
     print(f"{compared} choices of {shape.n_used} experts, {tokens} tokens: {ties} ties, no other difference")
 
 

@@ -37,7 +37,7 @@ def tick(ts: int, mark: int, *values: float) -> Tick:
     return ts, 1, mark, 0, np.array(values, "<f4").tobytes()
 
 
-@pytest.mark.parametrize("arch", ["llama", "deepseek", "gpt-oss"])
+@pytest.mark.parametrize("arch", ["llama", "deepseek", "gpt-oss", "hy_v3"])
 def test_routers_are_the_files(tmp_path: Path, arch: str) -> None:
     path, model = written(tmp_path, arch)
     weights = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
@@ -57,6 +57,8 @@ def test_routers_are_the_files(tmp_path: Path, arch: str) -> None:
             expected = x / before * weights[f"blk.{one.layer}.{norm}.weight"] @ router.T
             if arch == "gpt-oss":
                 expected = expected + weights[f"blk.{one.layer}.ffn_gate_inp.bias"]
+            if arch == "hy_v3":
+                expected = 1 / (1 + np.exp(-expected)) + weights[f"blk.{one.layer}.exp_probs_b"]
             assert one.scores(x) == pytest.approx(expected, abs=1e-4)
 
 
