@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +42,12 @@ CLOSE = 1e-4
 the same products in another order."""
 
 
-def record(folder: Path, model: Path, server_binary: Path, n: int, *, page_out: bool = False) -> Trace:
-    """Record ``n`` tokens of decoding, after the layout is known."""
+def record(folder: Path, model: Path, server_binary: Path, n: int, *, page_out: bool = False, slots: int = 1) -> Trace:
+    """Record ``n`` tokens of decoding in each of some slots at once, after the layout is known."""
     capture = Capture(folder, Detail.OPS, flush_seconds=1, router_scores=True)
     try:
-        with Server(model, binary=server_binary, threads=1, ctx=2048, extra=("--no-repack",)) as server:
+        extra = ("--no-repack", "--parallel", str(slots))
+        with Server(model, binary=server_binary, threads=1, ctx=2048, extra=extra) as server:
             session = capture.attach(server.pid)
 
             def ready() -> bool:
@@ -59,11 +60,15 @@ def record(folder: Path, model: Path, server_binary: Path, n: int, *, page_out: 
             if page_out:
                 for start, end, _, _ in session.tracer.ranges(session.slot):
                     drop(server.pid, start, end)
-            asked = {"temperature": 1.0, "seed": 7}
-            client = threading.Thread(target=server.completion, args=(PROMPT, n), kwargs=asked)
-            client.start()
-            while client.is_alive():
-                capture.step()
+            with ThreadPoolExecutor(slots) as pool:
+                asked = [
+                    pool.submit(server.completion, [p + slot for p in PROMPT], n, temperature=1.0, seed=7 + slot)
+                    for slot in range(slots)
+                ]
+                while not all(one.done() for one in asked):
+                    capture.step()
+            for one in asked:
+                one.result()
             until = time.monotonic() + 0.3
             while time.monotonic() < until:
                 capture.step()
@@ -122,32 +127,69 @@ def test_a_thousand_tokens_choose_what_their_routers_say(tmp_path: Path, llama_s
     print(f"{compared} choices of {shape.n_used} experts, {tokens} tokens: {ties} ties, no other difference")
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_each_shape_has_the_right_ids_and_the_right_slices(tmp_path: Path, llama_server: Path, arch: str) -> None:
-    """Ids are the routers'; and no other slice is touched: the merged matrices' and, where there are, their biases'."""
-    shape = models.moe_preset(SIZE, n_experts=16, n_used=2, arch=arch)
+SHAPES = (
+    ("llama", 8, 2),  # Mixtral's
+    ("llama", 32, 14),  # more than a record of the probe holds
+    ("qwen2moe", 16, 4),
+    ("deepseek", 16, 3),
+    ("gpt-oss", 32, 4),
+    ("hy_v3", 16, 2),
+)
+
+
+def test_all_architectures_are_tried() -> None:
+    assert {arch for arch, _, _ in SHAPES} == set(ARCHS)
+
+
+@pytest.mark.parametrize(("arch", "n_experts", "n_used"), SHAPES)
+def test_each_shape_has_the_right_ids_and_the_right_slices(
+    tmp_path: Path, llama_server: Path, arch: str, n_experts: int, n_used: int
+) -> None:
+    """Ids are the routers', and no slice of others is touched; merged or fused matrices, biases, layers without."""
+    shape = models.moe_preset(SIZE, n_experts=n_experts, n_used=n_used, arch=arch)
     path = models.write(tmp_path / "m.gguf", shape)
     trace = record(tmp_path / "trace", path, llama_server, 61, page_out=True)
     compared, ties, _ = compare(trace)
+    assert compared >= 50 * (shape.n_layers - ARCHS[arch].n_dense)
     assert ties <= compared // 100
-    merged = {t.name: t for t in read_model(path).tensors if t.n_experts}
-    layers = {t.layer for t in merged.values()}
-    assert min(layers) == ARCHS[arch].n_dense, "layers without experts choose none"
     routing = collect(trace.table("routing"))
-    assert set(routing["layer"]) == layers
+    assert set(routing["layer"]) == set(range(ARCHS[arch].n_dense, shape.n_layers))
+    assert set(routing["experts"].list.len()) == set(routing["experts"].list.n_unique()) == {n_used}
+    only_the_chosen_are_touched(trace, path)
+
+
+def test_several_slots_choose_each_for_itself(tmp_path: Path, llama_server: Path) -> None:
+    n, slots = 61, 3
+    shape = models.moe_preset(SIZE, n_experts=16, n_used=2)
+    path = models.write(tmp_path / "m.gguf", shape)
+    folder = tmp_path / "trace"
+    trace = record(folder, path, llama_server, n, page_out=True, slots=slots)
+    tokens = collect(trace.table("tokens", "decode").select("token", "n_tokens"))
+    together = tokens.filter(pl.col("n_tokens") == slots)["token"]
+    assert len(together) > n // 2
+    rows = collect(trace.table("routing").filter(pl.col("token").is_in(together.to_list())))
+    each = rows.group_by("token", "layer").agg(pl.col("position").sort(), pl.col("experts"))
+    assert each.height == len(together) * shape.n_layers
+    assert set(map(tuple, each["position"].to_list())) == {tuple(range(slots))}
+    unlike = each.filter(pl.col("experts").list.n_unique() > 1).height
+    assert unlike > each.height // 2, "they are different texts"
+    only_the_chosen_are_touched(trace, path)
+
+
+def only_the_chosen_are_touched(trace: Trace, path: Path) -> None:
+    """Check each fault on a merged matrix: its expert is what the byte says, and one that was chosen for that token."""
+    merged = {t.name: t for t in read_model(path).tensors if t.n_experts and t.name.endswith(".weight")}
     chosen: dict[tuple[int, int], set[int]] = {}
-    for token, layer, experts in routing.select("token", "layer", "experts").iter_rows():
+    for token, layer, experts in collect(trace.table("routing").select("token", "layer", "experts")).iter_rows():
         chosen.setdefault((token, layer), set()).update(experts)
     touched = collect(
-        trace.table("faults").filter(pl.col("expert") >= 0).select("token", "tensor_name", "expert", "offset_bytes")
-    ).with_columns(pl.col("tensor_name").cast(pl.String))
-    named = {key[0] for key in chosen}
-    touched = touched.filter(pl.col("token").is_in(named))
-    # An expert is what its bytes say, and one that was chosen; biases are read whole pages at a time, so not told apart
-    weights = touched.filter(pl.col("tensor_name").str.ends_with(".weight"))
-    assert weights["tensor_name"].n_unique() == len([n for n in merged if n.endswith(".weight")])
-    for token, name, expert, offset in weights.iter_rows():
+        trace.table("faults")
+        .filter(pl.col("expert") >= 0, pl.col("token").is_in(sorted({token for token, _ in chosen})))
+        .select("token", pl.col("tensor_name").cast(pl.String), "expert", "offset_bytes")
+    ).filter(pl.col("tensor_name").is_in(list(merged)))  # biases share pages with what lies beside them
+    for token, name, expert, offset in touched.iter_rows():
         one = merged[name]
         assert (offset - one.offset) // one.expert_bytes == expert
         assert expert in chosen[token, one.layer], (token, name, expert)
-    assert weights.select("tensor_name", "expert").unique().height > len(merged)
+    assert set(touched["tensor_name"]) == set(merged)
+    assert touched.select("tensor_name", "expert").n_unique() > len(merged)
