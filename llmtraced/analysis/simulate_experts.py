@@ -37,16 +37,13 @@ CELLS: Final = 16_000_000
 """Evaluations times slices that are looked at, at most: the last ones."""
 
 
-def simulate_experts(
-    trace: Trace, rams: Sequence[int] = (), disk_bandwidth: float | None = None, compute_ns: float | None = None
-) -> dict[str, Any]:
+def simulate_experts(trace: Trace, rams: Sequence[int] = (), disk_bandwidth: float | None = None) -> dict[str, Any]:
     """Return the report; docs/reports/simulate.md has every field.
 
     Args:
         trace: an open trace.
         rams: bytes for the model's pages; none: :data:`SHARES` of the model.
         disk_bandwidth: bytes/s; None: the most that the trace shows.
-        compute_ns: of a token; None: the median of duration less stall.
 
     Raises:
         LlmtracedError: the model has no experts, or the trace does not tell enough of their choices.
@@ -72,8 +69,7 @@ def simulate_experts(
     if not rams:
         raise LlmtracedError(f"{where}: what every token uses takes {dense} bytes; give more RAM than that")
     disk = disk_bandwidth or best_rate(trace)
-    measured = _compute(trace, choices.token[choices.warm :])
-    compute = compute_ns or measured
+    compute = _compute(trace, choices.token[choices.warm :])
     retention = Retention.of(accesses, routing.n)
     rows: list[dict[str, Any]] = []
     states = []
@@ -118,7 +114,6 @@ def simulate_experts(
         "expert_bytes": total,
         "used_expert_bytes_per_token": float((choices.used[choices.warm :] @ sizes).mean()),
         "compute_ns_per_token": compute,
-        "compute_source": "given" if compute_ns else "trace" if measured else None,
         "disk_bytes_per_second": disk,
         "disk_source": "given" if disk_bandwidth else "trace" if disk else None,
         "router_scores": trace.rows["router_scores"] > 0,
