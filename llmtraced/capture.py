@@ -17,6 +17,7 @@ from llmtraced.errors import USAGE, LlmtracedError
 from llmtraced.probes.loader import Sizes
 from llmtraced.probes.tracer import Tracer
 from llmtraced.recorder import Recorder
+from llmtraced.router_scores import ScoreRecorder
 from llmtraced.schema import Detail, Phase
 from llmtraced.session import Session, session_metadata, session_name
 from llmtraced.store import TraceWriter, clean_leftovers
@@ -38,9 +39,18 @@ class Capture:
         detail: the dial.
         flush_seconds: how old a record may be before it is in a file.
         ring_bytes: size of the ring, a power of two.
+        router_scores: record what a mixture's routers say, too; ``detail`` must be more than ``FAULTS``.
     """
 
-    def __init__(self, folder: Path, detail: Detail, *, flush_seconds: float = 5.0, ring_bytes: int = 16 << 20) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        detail: Detail,
+        *,
+        flush_seconds: float = 5.0,
+        ring_bytes: int = 16 << 20,
+        router_scores: bool = False,
+    ) -> None:
         if ring_bytes & (ring_bytes - 1) or ring_bytes < 1 << 16:
             raise LlmtracedError(f"the ring must be a power of two of at least 64K, not {ring_bytes} bytes", USAGE)
         self.folder = folder
@@ -48,6 +58,8 @@ class Capture:
         self.tracer = Tracer(Sizes(ring_bytes=ring_bytes))
         self.recorder = Recorder(self.tracer, flush_seconds)
         self.session: Session | None = None
+        self._scores: ScoreRecorder | None = None
+        self._wants_scores = router_scores
         self._child: subprocess.Popen[bytes] | None = None
         self._refreshed = 0.0
         self._started = time.monotonic()
@@ -102,7 +114,14 @@ class Capture:
                         break
             return 0
         self.tracer.ring.wait(_POLL_SECONDS if self.session.clocked else _LOOK_SECONDS)
+        if self._wants_scores and self.session.clocked:
+            self._wants_scores = False
+            self._scores = ScoreRecorder.open(self.session, self.recorder.flush_seconds)
+        if self._scores is not None:
+            self._scores.poll()  # before the marks of graphs are read: then those of what it finds are there
         n = self.recorder.poll()
+        if self._scores is not None:
+            self._scores.flush()
         settled = self.session.clocked and self.session.target.mapped_bytes
         if time.monotonic() - self._refreshed > (_REFRESH_SECONDS if settled else _LOOK_SECONDS):
             self._refreshed = time.monotonic()
@@ -119,7 +138,11 @@ class Capture:
     def close(self) -> dict[str, Any]:
         """End the trace, write everything, and return what it holds."""
         unplaced, misses = self.tracer.unplaced, self.tracer.misses()
+        if self._scores is not None:
+            self._scores.stop()
         self.recorder.close()
+        if self._scores is not None:
+            self._scores.write()
         self.tracer.close()
         if self.session is None:
             return {"trace": str(self.folder), "account": {}, "rows": {}}

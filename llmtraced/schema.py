@@ -22,6 +22,7 @@ __all__ = [
     "PHASES",
     "SCHEMA_VERSION",
     "SLOTS",
+    "SOURCES",
     "TABLES",
     "Cause",
     "Detail",
@@ -106,6 +107,8 @@ class Detail(IntEnum):
 
 PHASES: Final = tuple(p.name.lower() for p in Phase)
 CAUSES: Final = tuple(c.name.lower() for c in Cause)
+SOURCES: Final = ("router", "attention")
+"""What a mixture's routers are applied to: the input of a router, or of a layer's attention."""
 
 EVENT: Final = np.dtype(
     [
@@ -255,6 +258,15 @@ TABLES: Final[Mapping[str, pa.Schema]] = {
             ("layer", pa.int32()),
             ("experts", pa.list_(pa.int32())),
             ("position", pa.int32()),
+        ]
+    ),
+    "router_scores": pa.schema(
+        [
+            *_when,
+            ("layer", pa.int32()),
+            ("source", _enum),
+            ("ahead", pa.int32()),
+            ("scores", pa.list_(pa.float32())),
         ]
     ),
 }

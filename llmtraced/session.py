@@ -65,6 +65,7 @@ class Session:
         op_names: of the build's ``enum ggml_op``.
         unbacked: tensors that the process computes with from elsewhere than the mapping.
         problems: what cannot be traced in this process, a sentence each.
+        marks: records of graphs that begin, kept where a list has been put: whoever put it there empties it.
     """
 
     def __init__(self, tracer: Tracer, target: Target, writer: TraceWriter, detail: Detail, phase: Phase) -> None:
@@ -82,6 +83,7 @@ class Session:
         self.backed: set[int] = set()
         self.account: Account = {}
         self.write_error: str | None = None
+        self.marks: list[NDArray[Any]] | None = None
         self._epochs: dict[int, _Epoch] = {}
         self._weights: dict[int, tuple[int, int]] = {}
         self._graphs_read: set[int] = set()
@@ -228,6 +230,8 @@ class Session:
         marks = events[kinds == Kind.TOKEN]
         if len(marks):
             self._look_at_graphs(marks)
+            if self.marks is not None:
+                self.marks.append(marks)
         generations = events["mark"] >> 4
         for number in np.unique(generations):
             mine = (

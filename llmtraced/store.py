@@ -52,6 +52,8 @@ def _encodings(schema: pa.Schema) -> dict[str, str]:
     for name in schema.names:
         if name not in _FEW and pa.types.is_integer(schema.field(name).type):
             found[name] = "BYTE_STREAM_SPLIT" if name in _SPLIT else "DELTA_BINARY_PACKED"
+        elif pa.types.is_list(kind := schema.field(name).type) and pa.types.is_floating(kind.value_type):
+            found[f"{name}.list.element"] = "BYTE_STREAM_SPLIT"
     return found
 
 

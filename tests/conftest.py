@@ -14,10 +14,14 @@ from pathlib import Path
 
 import pytest
 from helpers import SWITCHES, need
+from hypothesis import settings
 
 from llmtraced import headers, requirements
 from llmtraced.bench import fetch, models
 from llmtraced.errors import LlmtracedError
+
+settings.register_profile("llmtraced", deadline=None)  # compiled loops and busy machines take longer than 200 ms
+settings.load_profile("llmtraced")
 
 
 @cache

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from llmtraced.analysis.routing import Layer, Routing
 
-__all__ = ["COUNTED", "PAIRS", "PRIOR", "coactivation"]
+__all__ = ["COUNTED", "PAIRS", "PRIOR", "coactivation", "guesses"]
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -86,11 +86,10 @@ def _transition(
     recalls: dict[str, float | None] = dict.fromkeys(_RECALLS)
     if 0 < np.count_nonzero(late) < len(late):
         frequency = _count(second[~late], m) / np.count_nonzero(~late)
-        seen = _count(first[~late], n)
-        guess = (joint + PRIOR * frequency) / (seen + PRIOR)[:, None]
+        guess = _learned(joint, first[~late], frequency)
         tried = np.flatnonzero(late)
         tried = tried[np.unique(np.linspace(0, len(tried) - 1, min(_TRIED, len(tried))).astype(np.int64))]
-        score = np.vstack([guess, np.zeros(m)])[first[tried]].sum(axis=1)  # -1, no expert, is the row of zeros
+        score = _applied(guess, first[tried])
         k = second.shape[1]
         for suffix, top in (("", k), ("_double", 2 * k)):
             recalls[f"recall{suffix}"] = _recall(score, second[tried], top)
@@ -102,6 +101,32 @@ def _transition(
         for a, b, found in _surprises(joint, alone, len(first))
     ]
     return {"layer": here.number, "next_layer": there.number, **recalls, "follows": follows}
+
+
+def guesses(first: NDArray[np.int32], second: NDArray[np.int32], n: int, m: int, learn: NDArray[np.bool_]) -> Floats:
+    """Return how likely each of one layer's ``m`` experts is by what an earlier one of ``n`` chose, ``(rows, m)``.
+
+    Args:
+        first: experts of the earlier layer, a row a text token; -1: none.
+        second: of the later one.
+        n: experts of the earlier layer.
+        m: experts of the later layer.
+        learn: the rows that this is learned from.
+    """
+    frequency = _count(second[learn], m) / max(int(np.count_nonzero(learn)), 1)
+    joint = _joint(first[learn], second[learn], n, m)
+    return _applied(_learned(joint, first[learn], frequency), first)
+
+
+def _learned(joint: Ints, first: NDArray[np.int32], frequency: Floats) -> Floats:
+    """Return P(expert of the later layer | expert of the earlier one), begun with the plain frequencies."""
+    learned: Floats = (joint + PRIOR * frequency) / (_count(first, len(joint)) + PRIOR)[:, None]
+    return learned
+
+
+def _applied(learned: Floats, first: NDArray[np.int32]) -> Floats:
+    """Return the sum of the rows of ``learned`` for each row of experts."""
+    return np.vstack([learned, np.zeros(learned.shape[1])])[first].sum(axis=1)  # type: ignore[no-any-return]
 
 
 def _surprises(together: Ints, product: Ints, rows: int) -> list[tuple[int, int, dict[str, Any]]]:

@@ -23,7 +23,7 @@ from llmtraced.analysis.routing import Accesses, Gaps, Layer, Routing, chance, l
 from llmtraced.analysis.trace import Trace, collect, verdict
 from llmtraced.errors import USAGE, LlmtracedError
 
-__all__ = ["BLOCKS", "CELLS", "REPLAYED", "SHARES", "experts", "hot_cold"]
+__all__ = ["BLOCKS", "CELLS", "REPLAYED", "SHARES", "expert_layers", "experts", "hot_cold", "numbered"]
 
 Ints: TypeAlias = NDArray[np.int64]
 
@@ -58,13 +58,13 @@ def experts(trace: Trace, phase: str | None = None, layer: int | None = None) ->
         LlmtracedError: the model has experts, but none in ``layer``.
     """
     notes = list(trace.notes)
-    tensors, layers = _layers(trace, notes)
+    tensors, layers = expert_layers(trace, notes)
     if layer is not None and layers:
         if layer not in (one.number for one in layers):
             raise LlmtracedError(
                 f"layer {layer} has no experts; these have: {', '.join(str(one.number) for one in layers)}", USAGE
             )
-        layers = _numbered([one for one in layers if one.number == layer])
+        layers = numbered([one for one in layers if one.number == layer])
         tensors = tensors.filter(pl.col("layer") == layer)
     routing = load(trace, phase, layers)
     if routing.strays:
@@ -126,13 +126,19 @@ def experts(trace: Trace, phase: str | None = None, layer: int | None = None) ->
 def hot_cold(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return every slice, hottest first, as a list to be written to a file.
 
-    Keys: ``layer, expert, selections, share`` (of its layer's selections), ``bytes`` (its size), ``rank`` (from 1).
+    Keys: ``layer, expert, selections, share`` (of its layer's selections), ``bytes`` (its size), ``rank`` (from 1), and
+    ``heat``: ``hot`` (chosen more often than if its layer's experts were all alike), ``cold``, ``unused``.
     """
-    return [{name: row[name] for name in _NAMED} for row in report["hot_cold"]]
+    even = {one["layer"]: 1 / one["n_experts"] for one in report["layers"]}
+    return [
+        {name: row[name] for name in _NAMED}
+        | {"heat": "unused" if not row["selections"] else "hot" if row["share"] > even[row["layer"]] else "cold"}
+        for row in report["hot_cold"]
+    ]
 
 
-def _layers(trace: Trace, notes: list[str]) -> tuple[pl.DataFrame, list[Layer]]:
-    """Return the merged expert tensors, and the layers that they are in."""
+def expert_layers(trace: Trace, notes: list[str]) -> tuple[pl.DataFrame, list[Layer]]:
+    """Return the merged expert tensors, and the layers that they are in; what is to be known is added to ``notes``."""
     tensors = trace.tensors.filter((pl.col("n_experts") > 0) & (pl.col("layer") >= 0))
     owners = tensors.group_by("model").agg(pl.col("size_bytes").sum()).sort("size_bytes", "model", descending=True)
     if owners.height > 1:
@@ -146,10 +152,11 @@ def _layers(trace: Trace, notes: list[str]) -> tuple[pl.DataFrame, list[Layer]]:
         ids = pl.col("experts").list.max().max()
         seen = trace.table("routing").group_by("layer").agg(n_experts=ids + 1, expert_bytes=pl.lit(0, pl.Int64))
         sizes = collect(seen.sort("layer")).drop_nulls()
-    return tensors, _numbered([Layer(number, n, size, 0) for number, n, size in sizes.iter_rows()])
+    return tensors, numbered([Layer(number, n, size, 0) for number, n, size in sizes.iter_rows()])
 
 
-def _numbered(layers: Sequence[Layer]) -> list[Layer]:
+def numbered(layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers with their slices numbered from 0."""
     starts = np.cumsum([0, *(layer.n_experts for layer in layers)])
     return [
         Layer(layer.number, layer.n_experts, layer.slice_bytes, int(base))
@@ -287,6 +294,7 @@ def _cache(accesses: Accesses, n: int, size_bytes: int) -> dict[str, Any]:
     distances = replay.stack_distances(slices, n)
     sizes = sorted({max(round(share * n), 1) for share in SHARES}) if total else []
     half = len(slices) // 2
+    lfu, belady = replay.lfu_order(slices), replay.belady_order(slices)
     ranking, learned = replay.by_frequency(slices, n), replay.by_frequency(slices[:half], n)
     curve = [
         {
@@ -294,9 +302,9 @@ def _cache(accesses: Accesses, n: int, size_bytes: int) -> dict[str, Any]:
             "share": size / n,
             "bytes": round(size * size_bytes / n),
             "lru": lru / len(slices),
-            "lfu": replay.lfu_hits(slices, n, size) / len(slices),
+            "lfu": int(replay.kept(slices, lfu, n, size).sum()) / len(slices),
             "pinned": int(replay.pinned_hits(slices, ranking, size).sum()) / len(slices),
-            "belady": replay.belady_hits(slices, n, size) / len(slices),
+            "belady": int(replay.kept(slices, belady, n, size).sum()) / len(slices),
             "second_half_lru": late / (len(slices) - half),
             "second_half_pinned": int(replay.pinned_hits(slices, learned, size)[half:].sum()) / (len(slices) - half),
         }

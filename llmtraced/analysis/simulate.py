@@ -22,7 +22,7 @@ from llmtraced.analysis.twolist import TwoLists
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.schema import PAGE
 
-__all__ = ["BIN_NS", "POLICIES", "PREPARE", "SHARES", "STARTS", "WINDOW", "pages", "simulate"]
+__all__ = ["BIN_NS", "POLICIES", "PREPARE", "SHARES", "STARTS", "WINDOW", "best_rate", "pages", "simulate"]
 
 POLICIES: Final = ("lru", "pin", "pin+stream", "belady")
 """What is replayed: the kernel as it is, pinned bytes, pinned bytes with the rest read ahead, the best possible."""
@@ -79,7 +79,7 @@ def simulate(
     if not late.height:
         raise LlmtracedError(f"{where}: nothing can be simulated: no token whose time and stall are known")
     compute = float((late["duration_ns"] - late["stall_ns"]).median())  # type: ignore[arg-type]
-    best = _best_rate(trace)
+    best = best_rate(trace)
     disk = disk_bandwidth or best
     cost = _stall_per_byte(late, used.bytes_per_token)
     measured = float(late["bytes_read"].mean())  # type: ignore[arg-type]
@@ -188,7 +188,7 @@ def _kernel(sizes: list[int], tokens: list[list[int]], ram: int, ahead: int) -> 
     return found
 
 
-def _best_rate(trace: Trace) -> float | None:
+def best_rate(trace: Trace) -> float | None:
     """Return the most bytes per second that came into the page cache within a bin."""
     added = trace.table("pagecache").filter(pl.col("action") == "add")
     by_bin = added.group_by(bin=pl.col("timestamp") // BIN_NS).agg(pl.col("bytes").sum())

@@ -116,6 +116,7 @@ def run(
     threads: int = 2,
     read_ahead_kb: int | None = None,
     prompt: Prompt | None = None,
+    router_scores: bool = False,
 ) -> dict[str, Any]:
     """Run the matrix and return the report; each cell's last trace stays in ``folder`` as ``MODEL-LEVEL``.
 
@@ -127,6 +128,7 @@ def run(
         threads: compute threads of the server.
         read_ahead_kb: readahead of the model's device while it runs; None: as it is.
         prompt: what is asked.
+        router_scores: record those, too, of mixtures.
 
     Raises:
         LlmtracedError: no root, no BCC, no server, no such model or level.
@@ -143,7 +145,7 @@ def run(
             shutil.rmtree(trace, ignore_errors=True)
             with ReadAhead(paths[name], read_ahead_kb) if read_ahead_kb else contextlib.nullcontext():
                 ahead = read_ahead_of(paths[name])
-                limit, asked_at = _record(paths[name], level, trace, asked, threads)
+                limit, asked_at = _record(paths[name], level, trace, asked, threads, router_scores)
             runs.append({"limit_bytes": limit, "read_ahead_kb": ahead, **_figures(open_trace(trace), asked_at)})
             one = runs[-1]["phases"]["decode"]
             log.info("  %.3g tokens/s, %.3g GB a token", one["tokens_per_second"] or 0, one["bytes_per_token"] / 1e9)
@@ -166,7 +168,9 @@ def run(
     }
 
 
-def _record(model: Path, level: str, trace: Path, asked: Prompt, threads: int) -> tuple[int | None, int]:
+def _record(
+    model: Path, level: str, trace: Path, asked: Prompt, threads: int, router_scores: bool
+) -> tuple[int | None, int]:
     """Record one answer; return the memory limit and how many graphs had run before it was asked for."""
     drop_cache(model)  # what is cached already would be charged to nobody
     with (
@@ -176,7 +180,7 @@ def _record(model: Path, level: str, trace: Path, asked: Prompt, threads: int) -
         server.completion(asked.ids[:4], 2)
         limit = limit_of(level, model.stat().st_size, group.stat().get("anon_bytes", 0))
         group.set_limit(limit)
-        capture = Capture(trace, Detail.OPS)
+        capture = Capture(trace, Detail.OPS, router_scores=router_scores)
         try:
             session = capture.attach(server.pid)
             stop = threading.Event()

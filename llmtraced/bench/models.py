@@ -258,12 +258,15 @@ def _add_metadata(writer: Any, shape: Shape, name: str) -> None:
         writer.add_expert_used_count(shape.n_used)
         if shape.arch != "llama":
             writer.add_expert_feed_forward_length(shape.n_ff)
-    if arch.shared_gate:
+    if arch.shared_gate or arch.fused:
         writer.add_expert_shared_feed_forward_length(arch.shared * shape.n_ff)
     elif arch.shared:
         writer.add_expert_shared_count(arch.shared)
     if arch.n_dense:
         writer.add_leading_dense_block_count(arch.n_dense)
+    if arch.corrected:
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_norm(arch.renormalised)
     if arch.window:
         writer.add_sliding_window(arch.window)
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(BYTE_TOKENS))]

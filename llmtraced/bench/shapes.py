@@ -43,6 +43,9 @@ class Arch:
         renormalised: the weights of the chosen experts add up to 1.
         activation: between an expert's matrices.
         window: tokens that every other layer's attention sees; 0: all.
+        fused: an expert's gate and up matrices are one.
+        corrected: experts are chosen by the logits' sigmoid plus a correction (``exp_probs_b``).
+        qk_norm: queries and keys are normalised.
     """
 
     like: str
@@ -55,6 +58,9 @@ class Arch:
     renormalised: bool = False
     activation: Activation = "silu"
     window: int = 0
+    fused: bool = False
+    corrected: bool = False
+    qk_norm: bool = False
 
 
 ARCHS: Final[Mapping[str, Arch]] = {
@@ -69,6 +75,15 @@ ARCHS: Final[Mapping[str, Arch]] = {
         renormalised=True,
         activation="oai",
         window=128,
+    ),
+    "hy_v3": Arch(
+        "Hunyuan 3; choices as DeepSeek-V3's and GLM-4.5's",
+        shared=1,
+        n_dense=1,
+        renormalised=True,
+        fused=True,
+        corrected=True,
+        qk_norm=True,
     ),
 }
 """By name in ``general.architecture``."""
@@ -185,6 +200,9 @@ def _layer_plan(shape: Shape, n: int, kind: gguf.GGMLQuantizationType) -> Iterat
     yield from (matrix("attn_q", embd, embd), matrix("attn_k", kv, embd), matrix("attn_v", kv, embd))
     if arch.qkv_bias:
         yield from (bias("attn_q", embd), bias("attn_k", kv), bias("attn_v", kv))
+    if arch.qk_norm:
+        head = embd // shape.n_heads
+        yield from (_f32(f"{b}.attn_q_norm.weight", head), _f32(f"{b}.attn_k_norm.weight", head))
     # A mixture's drift is to be that of its experts: attention, with random weights, adds about the same every time.
     yield matrix("attn_output", embd, embd, std=HIDDEN_STD * (shape.routing.drift if experts else 1))
     if arch.biases:
@@ -200,7 +218,13 @@ def _layer_plan(shape: Shape, n: int, kind: gguf.GGMLQuantizationType) -> Iterat
     yield _f32(f"{b}.ffn_gate_inp.weight", experts, embd, made="router", layer=n)
     if arch.biases:
         yield _f32(f"{b}.ffn_gate_inp.bias", experts, made="popularity", layer=n)
-    yield from feed_forward("_exps", shape.n_ff, routed, experts)
+    if arch.corrected:
+        yield _f32(f"{b}.exp_probs_b", experts, std=_BIAS_STD)
+    if arch.fused:
+        yield matrix("ffn_gate_up_exps", experts, 2 * shape.n_ff, embd)
+        yield matrix("ffn_down_exps", experts, embd, shape.n_ff, std=routed)
+    else:
+        yield from feed_forward("_exps", shape.n_ff, routed, experts)
     if arch.biases:
         yield from (bias("ffn_gate_exps", experts, shape.n_ff), bias("ffn_up_exps", experts, shape.n_ff))
         yield bias("ffn_down_exps", experts, embd)
@@ -223,7 +247,8 @@ def _added(shape: Shape) -> tuple[float, float, float]:
     """
     arch, routing = ARCHS[shape.arch], shape.routing
     one = routing.drift / activation_rms(arch.activation)
-    mixed = mixed_rms(shape.n_experts, shape.n_used, routing.sharpness, renormalised=arch.renormalised)
+    sharpness = 0.0 if arch.corrected else routing.sharpness  # the sigmoids of those that are chosen are all near 1
+    mixed = mixed_rms(shape.n_experts, shape.n_used, sharpness, renormalised=arch.renormalised)
     part = math.sqrt(0.5) if arch.shared else 1.0
     gate = 0.5 if arch.shared_gate else 1.0  # its logits are near 0
     return part * one / mixed, part * one / gate, one

@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--read-ahead-kb", metavar="KB", type=_count, help="the disk's readahead meanwhile (default: as it is)"
     )
+    parser.add_argument(
+        "--router-scores", action="store_true", help="record what mixtures' routers say, too: for simulate --experts"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
 
 
@@ -69,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         read_ahead_kb=args.read_ahead_kb,
         prompt=experiment.Prompt(args.prompt_tokens, args.tokens),
+        router_scores=args.router_scores,
     )
     body = json.dumps(report, indent=2) + "\n"
     write_output(body.encode(), folder / "experiment.json")

@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="faults: faults, page cache and tokens (default); ops: and matrix multiplications and the experts "
         "chosen; full: and every operator",
     )
+    parser.add_argument(
+        "--router-scores",
+        action="store_true",
+        help="of a mixture of experts, also what its routers say, of their own input and of earlier ones (needs "
+        "--detail ops): for simulate --experts",
+    )
     parser.add_argument("--duration", type=duration, metavar="S", help="stop after this long, such as 30s or 10m")
     parser.add_argument("--flush", type=duration, default=5.0, metavar="S", help="seconds between files (default 5)")
     parser.add_argument("--ring", type=size, default=16 << 20, metavar="SIZE", help="event buffer (default 16M)")
@@ -54,10 +60,18 @@ def run(args: argparse.Namespace) -> int:
         raise LlmtracedError(f"{args.output} is not a folder", USAGE)
     if args.output.exists() and any(args.output.iterdir()) and not args.force:
         raise LlmtracedError(f"{args.output} is not empty, will not write into it without --force", USAGE)
+    if args.router_scores and args.detail == "faults":
+        raise LlmtracedError("--router-scores needs --detail ops", USAGE)
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _frame: stop.append(received))
-    capture = Capture(args.output, Detail[args.detail.upper()], flush_seconds=args.flush, ring_bytes=args.ring)
+    capture = Capture(
+        args.output,
+        Detail[args.detail.upper()],
+        flush_seconds=args.flush,
+        ring_bytes=args.ring,
+        router_scores=args.router_scores,
+    )
     child: subprocess.Popen[bytes] | None = None
     try:
         if args.command:

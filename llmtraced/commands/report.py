@@ -33,6 +33,7 @@ from llmtraced.analysis.trace import Trace, open_trace, verdict
 from llmtraced.commands._output import add_output_arguments, check_output, write_output
 from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.reporters import html, plots, text, trace_events
+from llmtraced.reporters.experts import hot_list
 from llmtraced.reporters.questions import QUESTIONS, Option, Options
 from llmtraced.schema import PHASES
 
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=None if option.choices else "N" if option.parse is int else "SIZE",
             help=f"{option.help} ({', '.join(with_default)})",
         )
+    parser.add_argument("--hot-list", metavar="FILE", type=Path, help="all experts, hottest first, as CSV (experts)")
     parser.add_argument("--token", metavar="A:B", type=_range, help="only these tokens (trace-events)")
     parser.add_argument(
         "--limit", metavar="N", type=_count, help="more events than this are refused (trace-events; default 2000000)"
@@ -81,8 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compute, draw, print."""
-    for path in (args.output, args.plot):
+    for path in (args.output, args.plot, args.hot_list):
         check_output(path, args.force)
+    if args.hot_list is not None and args.name != "experts":
+        raise LlmtracedError(f"report {args.name} has no option --hot-list", USAGE)
     if args.name in FORMS:
         return _whole(args)
     question = QUESTIONS[args.name]
@@ -101,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
         body = question.render(result, top, text.Style(width, to_terminal and "NO_COLOR" not in os.environ))
     if picture is not None:
         write_output(question.draw(result, picture, top), args.plot)
+    if args.hot_list is not None:
+        write_output(hot_list(result).encode(), args.hot_list)
     write_output(body.encode(), args.output)
     return 0
 

@@ -3,12 +3,13 @@
   llmtraced simulate trace/                        10 to 110 % of the model
   llmtraced simulate trace/ --ram 1.2G --ram 4G    these sizes, too
   llmtraced simulate trace/ --disk-bandwidth 2G/s --plot curve.svg
+  llmtraced simulate trace/ --experts              which experts to keep and to fetch
 
 Policies: lru (the kernel as it is), pin (as much as fits is pinned, the rest
 comes by faults), pin+stream (the rest is read just ahead of the computing),
 belady (the best possible). RAM is what the model's pages may take; what else
 the server needs comes on top. docs/reports/simulate.md tells how well this
-agrees with measurements.
+agrees with measurements, docs/experts.md what --experts compares.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from pathlib import Path
 
 from llmtraced import values
 from llmtraced.analysis.simulate import WINDOW, simulate
+from llmtraced.analysis.simulate_experts import simulate_experts
 from llmtraced.analysis.trace import open_trace
 from llmtraced.commands._output import add_output_arguments, check_output, write_output
 from llmtraced.reporters import plots, text
-from llmtraced.reporters.simulate import draw, render
+from llmtraced.reporters import simulate as show_curve
+from llmtraced.reporters import simulate_experts as show_experts
 from llmtraced.schema import PHASES
 
 __all__ = ["add_arguments", "run"]
@@ -37,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ram", metavar="SIZE", type=_size, action="append", default=[], help="this size, too")
     parser.add_argument(
         "--disk-bandwidth", metavar="SIZE/s", type=_rate, help="of the disk (default: the best in the trace)"
+    )
+    parser.add_argument(
+        "--experts", action="store_true", help="of a mixture: policies of keeping experts, and predictors of them"
     )
     parser.add_argument(
         "--window",
@@ -58,15 +64,19 @@ def run(args: argparse.Namespace) -> int:
         check_output(path, args.force)
     picture = None if args.plot is None else plots.require(args.plot)
     trace = open_trace(args.trace, args.session)
-    report = simulate(trace, args.ram, args.disk_bandwidth, args.window, args.phase)
+    if args.experts:
+        report = simulate_experts(trace, args.ram, args.disk_bandwidth)
+    else:
+        report = simulate(trace, args.ram, args.disk_bandwidth, args.window, args.phase)
+    show = show_experts if args.experts else show_curve
     if args.json:
         body = json.dumps(report, indent=2) + "\n"
     else:
         to_terminal = args.output is None and sys.stdout.isatty()
         width = shutil.get_terminal_size((120, 24)).columns if args.output is None else 120
-        body = render(report, text.Style(width, to_terminal and "NO_COLOR" not in os.environ))
+        body = show.render(report, text.Style(width, to_terminal and "NO_COLOR" not in os.environ))
     if picture is not None:
-        write_output(draw(report, picture), args.plot)
+        write_output(show.draw(report, picture), args.plot)
     write_output(body.encode(), args.output)
     return 0
 

@@ -11,11 +11,11 @@ from llmtraced.ggml_layout import Graph, Layout
 from llmtraced.gguf_map import Model, Tensor
 from llmtraced.prefetch.router import LANES, machine_code
 
-__all__ = ["mixture"]
+__all__ = ["ATTENTION", "NORMS", "mixture"]
 
-_NORMS: Final = ("ffn_norm", "post_attention_norm")
+NORMS: Final = ("ffn_norm", "post_attention_norm")
 """Norms whose result is a router's input, by what architectures call them; the first that a layer has."""
-_ATTENTION: Final = ("attn_q", "attn_qkv", "attn_q_a")
+ATTENTION: Final = ("attn_q", "attn_qkv", "attn_q_a")
 """Matrices that the input of a layer's attention is multiplied with first."""
 
 
@@ -73,14 +73,14 @@ def mixture(model: Model, graph: Graph, layout: Layout, marks: Mapping[str, int]
 
     def of(layer: int, tensors: list[Tensor]) -> dict[str, Any]:
         router = routers[layer]
-        attention = next((marks[n] for n in (f"blk.{layer}.{a}.weight" for a in _ATTENTION) if n in marks), None)
+        attention = next((marks[n] for n in (f"blk.{layer}.{a}.weight" for a in ATTENTION) if n in marks), None)
         known = code is not None and router is not None and _plain(router)
         return {
             "router_mark": marks.get(router.name) if known and router is not None else None,
             "experts_mark": first_mark(tensors),
             "slices": [[t.shard, t.offset, t.expert_bytes] for t in tensors],
             "router": [router.shard, router.offset] if known and router is not None else None,
-            "norm": norm(layer, _NORMS),
+            "norm": norm(layer, NORMS),
             "attention_mark": attention if known else None,
             "attention_norm": norm(layer, ("attn_norm",)),
         }

@@ -101,13 +101,14 @@ class Ticks:
             os.close(fd)
 
 
-def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1) -> Ticks:
+def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1, ring_bytes: int = RING_BYTES) -> Ticks:
     """Compile the programs and attach them to ``pid``.
 
     Args:
         pid: the server.
         symbols: ggml's functions in it.
         width: float32 values of the inputs that are told, of a batch of one token.
+        ring_bytes: size of the ring, a power of two.
 
     Raises:
         LlmtracedError: no permission, no BCC or headers, or not even graphs can be seen in this build.
@@ -116,7 +117,7 @@ def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1) -> Ticks
         raise LlmtracedError(
             "this build has no symbol ggml_graph_compute (stripped?), so its graphs cannot be seen", UNSUPPORTED
         )
-    reply, fds = loader.compile_in_child("llmtraced.probes.ticks", str(width))
+    reply, fds = loader.compile_in_child("llmtraced.probes.ticks", f"{width} {ring_bytes}")
     named = dict(zip(reply["names"], fds, strict=True))
     ticks = Ticks({name: named[name] for name in _MAPS}, [], [], False)
     try:
@@ -141,12 +142,12 @@ def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1) -> Ticks
     return ticks
 
 
-def _compile(width: int) -> tuple[dict[str, int], dict[str, Any]]:
+def _compile(width: int, ring_bytes: int) -> tuple[dict[str, int], dict[str, Any]]:
     started = time.monotonic()
     bcc = loader.import_bcc()
     headers.present(headers.find())
     flags = {
-        "LT_TICK_PAGES": RING_BYTES // 4096,
+        "LT_TICK_PAGES": ring_bytes // 4096,
         "LT_MARKS": MARKS,
         "LT_MARK_STEPS": MARKS.bit_length(),
         "TICK_BEGIN": f"{TICK_BEGIN}U",
@@ -169,4 +170,4 @@ def _compile(width: int) -> tuple[dict[str, int], dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    loader.answer(int(sys.argv[1]), lambda: _compile(int(sys.argv[2])))
+    loader.answer(int(sys.argv[1]), lambda: _compile(*map(int, sys.argv[2].split())))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any, Final
 
 import numpy as np
 
-from llmtraced.errors import printable
+from llmtraced.analysis.experts import hot_cold
+from llmtraced.errors import LlmtracedError, printable
 from llmtraced.reporters import plots
 from llmtraced.reporters.text import Column, Style, bars, duration, percent, several, size, table, trust
 
-__all__ = ["draw", "headline", "render"]
+__all__ = ["draw", "headline", "hot_list", "render"]
 
 _POLICIES: Final = (
     ("belady", "Belady (the optimum)", "#000000", "--"),
@@ -54,6 +57,22 @@ def headline(report: Mapping[str, Any]) -> str:
     each = report["selections"] / report["routing_rows"]
     cold = f", {never:,} of {report['n_slices']:,} slices get none" if never else ""
     return f"{what}; {each:.3g} chosen for each token; {hottest}{cold}"
+
+
+def hot_list(report: Mapping[str, Any]) -> str:
+    """Return every slice, hottest first, as CSV; the columns are those of :func:`llmtraced.analysis.experts.hot_cold`.
+
+    Raises:
+        LlmtracedError: the trace does not tell which experts were chosen.
+    """
+    if report["state"] != "routed":
+        raise LlmtracedError(f"no list of hot experts: {headline(report)}")
+    out = io.StringIO()
+    rows = hot_cold(report)
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 
 def draw(report: Mapping[str, Any], picture: str, top: int = 0) -> bytes:  # noqa: ARG001 - all is drawn

@@ -19,6 +19,7 @@ from llmtraced.analysis.coactivation import coactivation
 from llmtraced.analysis.experts import experts, hot_cold
 from llmtraced.analysis.routing import Accesses, Gaps, Layer, Routing, chance, spread, use
 from llmtraced.analysis.trace import open_trace
+from llmtraced.commands import main
 from llmtraced.errors import USAGE, LlmtracedError
 from llmtraced.reporters.experts import draw, render
 from llmtraced.reporters.text import Style
@@ -106,7 +107,10 @@ def test_how_even_the_use_is(report: dict[str, Any]) -> None:
 def test_hot_and_cold(report: dict[str, Any]) -> None:
     ranked = [(row["layer"], row["expert"], row["selections"]) for row in report["hot_cold"]]
     assert ranked == [(1, 1, 6), (2, 0, 5), (2, 1, 4), (1, 0, 3), (1, 2, 2), (1, 3, 1), (2, 2, 1), (2, 3, 0)]
-    assert hot_cold(report)[1] == {"layer": 2, "expert": 0, "selections": 5, "share": 0.5, "bytes": 31, "rank": 2}
+    assert hot_cold(report)[1] == {"layer": 2, "expert": 0, "selections": 5, "share": 0.5, "bytes": 31, "rank": 2} | {
+        "heat": "hot"
+    }
+    assert [row["heat"] for row in hot_cold(report)] == ["hot"] * 3 + ["cold"] * 4 + ["unused"]
     assert [row["rank"] for row in hot_cold(report)] == list(range(1, 9))
 
 
@@ -453,3 +457,24 @@ def test_text_says_the_figures(report: dict[str, Any]) -> None:
     assert "… 1 more layer" in text
     assert "… 6 more slices" in text
     assert "never chosen: 1 slice, 31 B; 0 B of them were read all the same" in text
+
+
+def test_a_list_of_hot_experts_as_a_file(trace: Builder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model(trace)
+    file = tmp_path / "hot.csv"
+    asked = ["report", "experts", str(trace.path), "--hot-list", str(file)]
+    assert main(asked) == 1
+    assert "the trace does not say which were chosen" in capsys.readouterr().err
+    assert not file.exists()
+    route(trace)
+    assert main(asked) == 0
+    lines = file.read_text().splitlines()
+    assert lines[:3] == [
+        "layer,expert,selections,share,bytes,rank,heat",
+        "1,1,6,0.5,30,1,hot",
+        "2,0,5,0.5,31,2,hot",
+    ]
+    assert (len(lines), lines[-1]) == (9, "2,3,0,0.0,31,8,unused")
+    assert main(asked) == 1
+    assert "already exists" in capsys.readouterr().err
+    assert main(["report", "cache", str(trace.path), "--hot-list", str(tmp_path / "x")]) == USAGE

@@ -9,11 +9,16 @@ from hypothesis import strategies as st
 
 from llmtraced.analysis import replay
 from llmtraced.analysis.replay import (
-    belady_hits,
+    belady_order,
     by_frequency,
-    lfu_hits,
+    kept,
+    kept_states,
+    lfu_order,
+    lrfu_order,
     lru_hits,
+    lru_order,
     pinned_hits,
+    pinned_order,
     previous_access,
     stack_distances,
 )
@@ -25,6 +30,14 @@ SIZES = st.integers(1, N)
 
 def array(sequence: list[int]) -> np.ndarray:
     return np.array(sequence, np.int64)
+
+
+def lfu_hits(slices: np.ndarray, n: int, size: int) -> int:
+    return int(kept(slices, lfu_order(slices), n, size).sum())
+
+
+def belady_hits(slices: np.ndarray, n: int, size: int) -> int:
+    return int(kept(slices, belady_order(slices), n, size).sum())
 
 
 def naive_lru(sequence: list[int], size: int) -> int:
@@ -78,6 +91,24 @@ def naive_pinned(sequence: list[int], ranking: list[int], size: int) -> list[boo
             cache.add(one)
         else:
             passing = one
+    return hits
+
+
+def naive_lrfu(sequence: list[int], when: list[int], size: int, half_life: float) -> list[bool]:
+    cache: set[int] = set()
+    uses: dict[int, list[int]] = {}
+    last: dict[int, int] = {}
+    hits = []
+    for now, one in enumerate(sequence):
+        hits.append(one in cache)
+        if one not in cache and len(cache) == size:
+            # all heats at the same time rank like heats as of any other time
+            heat = {other: sum(2 ** ((t - when[now]) / half_life) for t in uses[other]) for other in cache}
+            coldest = min(heat.values())
+            cache.remove(min((o for o in cache if heat[o] <= coldest * (1 + 1e-9)), key=lambda o: last[o]))
+        cache.add(one)
+        uses.setdefault(one, []).append(when[now])
+        last[one] = now
     return hits
 
 
@@ -182,3 +213,41 @@ def test_chunks_do_not_show(sequence: list[int], chunk: int) -> None:
         for i, one in enumerate(sequence)
     ]
     assert whole.tolist() == between
+
+
+@given(SEQUENCES, SIZES)
+def test_the_least_recent_goes_first(sequence: list[int], size: int) -> None:
+    slices = array(sequence)
+    assert kept(slices, lru_order(slices), N, size).sum() == naive_lru(sequence, size)
+
+
+def test_lrfu_by_hand() -> None:
+    # 0 is used at 0, 1 and 2; 1 at 9. As of 9, with a half-life of 2: 0 has 2^-4.5 + 2^-4 + 2^-3.5 = 0.195, 1 has 1
+    sequence, when = array([0, 0, 0, 1, 2, 0, 1]), array([0, 1, 2, 9, 9, 9, 9])
+    recent = kept(sequence, lrfu_order(sequence, when, 3, 2.0), 3, 2)
+    assert recent.tolist() == [False, True, True, False, False, False, False]  # 2 drives out 0, 0 then 1 or 2
+    often = kept(sequence, lrfu_order(sequence, when, 3, 1e6), 3, 2)
+    assert often.tolist() == [False, True, True, False, False, True, False]  # 2 drives out 1
+
+
+@given(SEQUENCES, SIZES, st.sampled_from([0.5, 3.0, 40.0]))
+def test_lrfu_does_what_a_naive_simulation_does(sequence: list[int], size: int, half_life: float) -> None:
+    when = [i // 4 for i in range(len(sequence))]
+    slices = array(sequence)
+    order = lrfu_order(slices, array(when), N, half_life)
+    assert kept(slices, order, N, size).tolist() == naive_lrfu(sequence, when, size, half_life)
+
+
+@given(SEQUENCES, SIZES, st.sets(st.integers(0, N - 1)))
+def test_what_is_pinned_stays(sequence: list[int], size: int, pinned: set[int]) -> None:
+    slices, keep = array(sequence), np.isin(np.arange(N), sorted(pinned)[: size - 1])
+    starts = np.arange(len(sequence))
+    hits, states = kept_states(slices, pinned_order(slices, keep), N, size, starts)
+    seen: set[int] = set()
+    for one, hit, state in zip(sequence, hits, states, strict=True):
+        assert set(np.flatnonzero(state)) >= {other for other in seen if keep[other]}
+        assert state.sum() <= size
+        assert hit == state[one]
+        seen.add(one)
+    if not keep.any():
+        assert hits.tolist() == kept(slices, lru_order(slices), N, size).tolist()

@@ -83,7 +83,7 @@ def test_moe_preset_is_near_its_size(size):
     assert models.plan_bytes(shape) == pytest.approx(size, rel=0.04)
 
 
-@pytest.mark.parametrize("arch", ["qwen2moe", "deepseek", "gpt-oss"])
+@pytest.mark.parametrize("arch", ["qwen2moe", "deepseek", "gpt-oss", "hy_v3"])
 def test_other_architectures_are_near_their_size_too(arch):
     assert models.plan_bytes(models.moe_preset(3 * 10**8, arch=arch)) == pytest.approx(3 * 10**8, rel=0.04)
 
@@ -95,7 +95,9 @@ def names_of(path, layer):
 
 
 def test_what_architectures_have_beside_experts(tmp_path):
-    shapes = {arch: replace(models.TINY_MOE, arch=arch) for arch in ("llama", "qwen2moe", "deepseek", "gpt-oss")}
+    shapes = {
+        arch: replace(models.TINY_MOE, arch=arch) for arch in ("llama", "qwen2moe", "deepseek", "gpt-oss", "hy_v3")
+    }
     paths = {arch: models.write(tmp_path / f"{arch}.gguf", shape) for arch, shape in shapes.items()}
     experts = {f"{part}_exps.weight" for part in ("gate", "up", "down")} | {"gate_inp.weight"}
     shared = {f"{part}_shexp.weight" for part in ("gate", "up", "down")}
@@ -105,6 +107,13 @@ def test_what_architectures_have_beside_experts(tmp_path):
     assert names_of(paths["deepseek"], 0) == {"norm.weight", "gate.weight", "up.weight", "down.weight"}
     assert names_of(paths["deepseek"], 1) == experts | shared | {"norm.weight"}
     assert names_of(paths["gpt-oss"], 0) == experts | biases
+    fused = {"gate_up_exps.weight", "down_exps.weight", "gate_inp.weight"}
+    assert names_of(paths["hy_v3"], 1) == fused | shared | {"norm.weight"}
+    hunyuan = gguf.GGUFReader(paths["hy_v3"])
+    assert hunyuan.fields["hy_v3.expert_gating_func"].contents() == 2
+    tensors = {tensor.name: list(tensor.shape) for tensor in hunyuan.tensors}
+    assert tensors["blk.1.ffn_gate_up_exps.weight"] == [256, 2 * 128, 16]
+    assert tensors["blk.1.exp_probs_b"] == [16]
     keys = gguf.GGUFReader(paths["deepseek"]).fields
     assert keys["deepseek.leading_dense_block_count"].contents() == 1
     assert keys["deepseek.feed_forward_length"].contents() == (2 + 2) * 128

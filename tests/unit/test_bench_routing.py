@@ -202,7 +202,11 @@ def test_each_layer_adds_the_drift(tmp_path, arch: str) -> None:
         return gate / (1 + np.exp(-slope * gate)) * (up + offset)
 
     def forward(suffix: str, x: np.ndarray, *expert: int) -> np.ndarray:
-        gate, up, down = (tensors[f"blk.{n}.ffn_{part}{suffix}.weight"][expert] for part in ("gate", "up", "down"))
+        if expert and about.fused:
+            gate, up = np.split(tensors[f"blk.{n}.ffn_gate_up{suffix}.weight"][expert], 2)
+        else:
+            gate, up = (tensors[f"blk.{n}.ffn_{part}{suffix}.weight"][expert] for part in ("gate", "up"))
+        down = tensors[f"blk.{n}.ffn_down{suffix}.weight"][expert]
         return down @ act(gate @ x, up @ x)
 
     rng = np.random.default_rng(0)
@@ -215,6 +219,9 @@ def test_each_layer_adds_the_drift(tmp_path, arch: str) -> None:
                 logits = tensors[f"blk.{n}.ffn_gate_inp.weight"] @ x
                 share = np.exp(logits) / np.exp(logits).sum()
                 top = np.argsort(-logits)[:N_USED]
+                if about.corrected:
+                    share = 1 / (1 + np.exp(-logits))
+                    top = np.argsort(-share - tensors[f"blk.{n}.exp_probs_b"])[:N_USED]
                 share = share / share[top].sum() if about.renormalised else share
                 added = sum(share[e] * forward("_exps", x, e) for e in top)
                 if about.shared:

@@ -1,0 +1,91 @@
+"""Which experts to keep in memory: policies replayed over the choices of a trace, all with the same memory.
+
+The first half of the evaluations warms the caches up, and is what pinning learns from; the second half counts. So the
+policies can be compared with each other, and none but the last knows the future.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtraced.analysis import replay
+from llmtraced.analysis.routing import Accesses
+
+__all__ = ["BELADY", "HALF_LIVES", "POLICIES", "Retention"]
+
+Bools: TypeAlias = NDArray[np.bool_]
+Ints: TypeAlias = NDArray[np.int64]
+
+HALF_LIVES: Final = (8, 64, 512)
+"""Tokens after which an access counts half, of the LRFU policies."""
+
+BELADY: Final = "belady"
+"""The policy that needs the future."""
+
+POLICIES: Final = ("lru", "lfu", *(f"lrfu-{life}" for life in HALF_LIVES), "pinned", "half-pinned", BELADY)
+"""What was used longest ago goes first; what was used least often; what is coldest (a use counts half after so many
+tokens); what the first half used most stays and the rest passes through one place; the same with half of the memory and
+LRU in the other half; what is needed again last."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """The choices of a trace, ready to be replayed.
+
+    Attributes:
+        accesses: one text token an evaluation.
+        n: slices there are.
+        warm: the first evaluation that counts.
+        orders: by policy, of what :func:`llmtraced.analysis.replay.kept` takes; what depends on the memory is missing.
+        ranking: slices, those that the first half used most first.
+    """
+
+    accesses: Accesses
+    n: int
+    warm: int
+    orders: Mapping[str, Ints]
+    ranking: Ints
+
+    @classmethod
+    def of(cls, accesses: Accesses, n: int) -> Retention:
+        """Prepare the replays of ``accesses`` to ``n`` slices."""
+        slices, warm = accesses.slices.astype(np.int64), accesses.evaluations // 2
+        orders = {"lru": replay.lru_order(slices), "lfu": replay.lfu_order(slices), BELADY: replay.belady_order(slices)}
+        when = accesses.rank.astype(np.int64)
+        orders |= {f"lrfu-{life}": replay.lrfu_order(slices, when, n, life) for life in HALF_LIVES}
+        return cls(accesses, n, warm, orders, replay.by_frequency(slices[accesses.rank < warm], n))
+
+    @property
+    def counted(self) -> Bools:
+        """Which accesses count."""
+        return self.accesses.rank >= self.warm
+
+    def order(self, policy: str, size: int) -> Ints:
+        """Return the order of a policy's accesses, in a cache of ``size`` slices."""
+        if policy in self.orders:
+            return self.orders[policy]
+        pinned = np.zeros(self.n, np.bool_)
+        pinned[self.ranking[: size - 1 if policy == "pinned" else size // 2]] = True
+        return replay.pinned_order(self.accesses.slices.astype(np.int64), pinned)
+
+    def misses(self, policy: str, size: int) -> Bools:
+        """Return which accesses miss."""
+        return ~replay.kept(self.accesses.slices.astype(np.int64), self.order(policy, size), self.n, size)
+
+    def states(self, policy: str, size: int) -> tuple[Bools, Bools]:
+        """Return which accesses miss, and which slices are there as each evaluation begins, ``(evaluations, n)``."""
+        starts = np.searchsorted(self.accesses.rank, np.arange(self.accesses.evaluations)).astype(np.int64)
+        slices = self.accesses.slices.astype(np.int64)
+        hits, states = replay.kept_states(slices, self.order(policy, size), self.n, size, starts)
+        return ~hits, states
+
+    def missed_bytes(self, sizes: Ints, size: int) -> dict[str, float]:
+        """Return bytes missed per evaluation that counts, by policy; ``sizes`` are those of the slices."""
+        slices, counted = self.accesses.slices, self.counted
+        each = {policy: sizes[slices[self.misses(policy, size) & counted]].sum() for policy in POLICIES}
+        return {policy: float(total) / max(self.accesses.evaluations - self.warm, 1) for policy, total in each.items()}
