@@ -124,6 +124,8 @@ class Daemon:
         self.tracer.ring.wait(_LOADING_SECONDS if loading else _WAIT_SECONDS)
         if self._sessions:
             self.recorder.poll()
+        for session in self.recorder.ended():
+            self._tell_end(session)
         now = time.monotonic()
         if now - self._scanned >= self.config.scan:
             self._scanned = now
@@ -176,9 +178,8 @@ class Daemon:
             log.warning("process %d: %s", target.pid, problem)
 
     def _end(self, key: tuple[int, int]) -> None:
-        session = self._sessions.pop(key)
-        self.recorder.remove(session)
-        self._tell_end(session)
+        self.recorder.remove(self._sessions.pop(key))
+        self._sizes.pop(key[0], None)  # should its number be used again, by a process of the same size
         log.info("process %d has ended", key[0])
 
     def _tell_end(self, session: Session) -> None:
@@ -191,7 +192,7 @@ class Daemon:
             self._server.shutdown()
             self._server.server_close()
         self.recorder.close()
-        for session in self._sessions.values():
+        for session in self.recorder.ended():
             self._tell_end(session)
         self._sessions.clear()
         self.tracer.close()

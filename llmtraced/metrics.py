@@ -196,6 +196,9 @@ class LlmtracedCollector(Collector):
         yield _count("llmtraced_unsettled", "Intervals whose account did not add up in time.", recorder.unsettled)
         yield _count("llmtraced_trace_bytes", "Bytes of trace files written.", recorder.bytes_written)
         yield _count("llmtraced_trace_write_errors", "Files that could not be written.", recorder.write_errors)
+        yield _gauge(
+            "llmtraced_recording_paused", "1: the last interval was not written (the log says why).", recorder.paused
+        )
         yield _gauge("llmtraced_ring_waiting_records", "Records in the ring.", tracer.ring.waiting)
         yield _gauge("llmtraced_ring_capacity_records", "Records that it holds.", tracer.ring.capacity)
         yield _gauge(

@@ -17,6 +17,7 @@ from llmtraced.cgroup import cgroup_of
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.ggml_layout import Graph, Layout, derive, known_weights, memory_reader, read_graph
 from llmtraced.gguf_map import Model
+from llmtraced.ledger import Account, Ledger
 from llmtraced.probes.tracer import Tracer
 from llmtraced.resolve import Resolver
 from llmtraced.rows import RowMaker, TokenBook, join, pick
@@ -39,8 +40,6 @@ _PROBE_OF: Final = {
 }
 _LOW32: Final = np.uint64(0xFFFFFFFF)
 
-Account = dict[str, dict[str, int]]
-
 
 @dataclass(slots=True)
 class _Epoch:
@@ -61,7 +60,8 @@ class Session:
         phase: until the first graph: LOAD if the process was seen to start, else UNKNOWN.
 
     Attributes:
-        account: totals since the start, by probe, of what is on disk.
+        ledger: the account of what was written and what was not.
+        described: whether the table of tensors is on disk.
         op_names: of the build's ``enum ggml_op``.
         unbacked: tensors that the process computes with from elsewhere than the mapping.
         problems: what cannot be traced in this process, a sentence each.
@@ -80,8 +80,8 @@ class Session:
         self.op_names: dict[int, str] = {}
         self.unbacked: set[int] = set()
         self.backed: set[int] = set()
-        self.account: Account = {}
-        self.write_error: str | None = None
+        self.ledger = Ledger(writer, target.pid)
+        self.described = False
         self._epochs: dict[int, _Epoch] = {}
         self._weights: dict[int, tuple[int, int]] = {}
         self._graphs_read: set[int] = set()
@@ -99,6 +99,21 @@ class Session:
             tracer.remove_process(self.slot)
             tracer.free(self.slot)
             raise
+
+    @property
+    def account(self) -> Account:
+        """Totals since the start, by probe: of what is on disk, and of what was not written (it counts as dropped)."""
+        return self.ledger.account
+
+    @property
+    def paused(self) -> str:
+        """Why nothing is being recorded at the moment; empty: it is."""
+        return self.ledger.paused
+
+    @property
+    def write_error(self) -> str:
+        """What went wrong when the last interval was written; empty: nothing."""
+        return self.ledger.error
 
     # --- the process -----------------------------------------------------------------------------------------------
 
@@ -270,8 +285,21 @@ class Session:
 
     # --- files (the writer's thread) -------------------------------------------------------------------------------
 
+    def lose(self, account: Account, why: str) -> None:
+        """Do not write an interval (see :meth:`ledger.Ledger.lose`)."""
+        self.ledger.lose(account, why)
+
     def write(self, events: NDArray[Any], account: Account, *, last: bool) -> None:
-        """Write an epoch's files. A table that cannot be written is logged and in :attr:`write_error`."""
+        """Write an epoch's files; :attr:`write_error` says what could not be written."""
+        try:
+            tables = self._tables(events, account, last=last) if self.ledger.ready() else []
+        except BaseException as error:
+            self.lose(account, f"its rows cannot be made: {error!r}")
+            raise
+        self.ledger.write(tables, account)
+
+    def _tables(self, events: NDArray[Any], account: Account, *, last: bool) -> list[tuple[str, pa.Table]]:
+        """Return the tables that have rows or something to account for."""
         kinds = events["kind"]
 
         def of(*wanted: Kind) -> NDArray[Any]:
@@ -286,27 +314,13 @@ class Session:
             Probe.ROUTING: self.rows.routing,
         }
         # Each table costs some milliseconds even when it is empty: only those with something to say are made.
-        tables = [(p, make(of(*_PROBE_OF[p]))) for p, make in makers.items() if p.name.lower() in account]
-        failure: str | None = None
+        speak = account.keys() | self.ledger.owed()
+        tables = [(name, make(of(*_PROBE_OF[p]))) for p, make in makers.items() if (name := p.name.lower()) in speak]
         tokens = self._book.add(events, dict(self._batch_sizes))
         if last:
             tokens = pa.concat_tables([tokens, self._book.close(clock.monotonic_ns())])
-        if tokens.num_rows or Probe.TOKENS.name.lower() in account:
-            tables.append((Probe.TOKENS, tokens))
-        for probe, table in tables:
-            name = probe.name.lower()
-            cell = account.get(name)
-            try:
-                self.writer.write(name, table, name, {name: cell} if cell else {})
-            except LlmtracedError as error:
-                if self.write_error is None and failure is None:
-                    log.error("%s; recording pauses, metrics go on", error)
-                failure = str(error)
-                continue
-            total = self.account.setdefault(name, {"counted": 0, "delivered": 0, "dropped": 0})
-            for key, value in (cell or {}).items():
-                total[key] += value
-        self.write_error = failure
+        name = Probe.TOKENS.name.lower()
+        return [*tables, (name, tokens)] if tokens.num_rows or name in speak else tables
 
     def write_tensors(self) -> None:
         """Write, or write again, the table of tensors."""
@@ -336,6 +350,7 @@ class Session:
             schema=schema,
         )
         self.writer.rewrite("tensors", table)
+        self.described = True
 
 
 def session_metadata(target: Target, detail: Detail) -> dict[str, Any]:
