@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIServer
@@ -22,11 +23,13 @@ from prometheus_client.registry import CollectorRegistry
 
 from llmtraced import target as targets
 from llmtraced.config import Config
+from llmtraced.dial import Governor
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.metrics import LlmtracedCollector
 from llmtraced.probes.loader import Sizes
 from llmtraced.probes.tracer import Tracer
 from llmtraced.recorder import Recorder
+from llmtraced.retention import Keeper
 from llmtraced.schema import Detail, Phase
 from llmtraced.session import Session, session_metadata, session_name
 from llmtraced.store import TraceWriter, clean_leftovers
@@ -38,6 +41,7 @@ log = logging.getLogger(__name__)
 _WAIT_SECONDS = 0.25
 _LOADING_SECONDS = 0.05
 _REFRESH_SECONDS = 1.0
+_PRUNE_SECONDS = 300.0
 
 
 def notify(state: str) -> None:
@@ -77,10 +81,14 @@ class Daemon:
         self._refused: set[tuple[int, int]] = set()
         self._scanned = self._refreshed = 0.0
         self._server: WSGIServer | None = None
+        self._governor = Governor(self.detail, config.cpu)
+        self._keeper: Keeper | None = None
+        self._pruned = -_PRUNE_SECONDS
         if config.trace:
             n = clean_leftovers(Path(config.trace))
             if n:
                 log.info("removed %d unfinished files of an earlier run", n)
+            self._keeper = Keeper(Path(config.trace), config.keep_age, config.keep_size)
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Work until ``stop()``; then everything is flushed.
@@ -131,6 +139,10 @@ class Daemon:
             self._scanned = now
             self._find()
             notify("WATCHDOG=1")
+        if self._keeper and now - self._pruned >= _PRUNE_SECONDS:
+            self._pruned = now
+            self.recorder.later(partial(self._keeper.prune, {s.writer.session for s in self._sessions.values()}))
+        self._turn(now)
         if now - self._refreshed >= _REFRESH_SECONDS or loading:
             self._refreshed = now
             for key, session in list(self._sessions.items()):
@@ -138,6 +150,19 @@ class Daemon:
                     session.refresh()
                 else:
                     self._end(key)
+
+    def _turn(self, now: float) -> None:
+        """Record less where it costs too much, and more again."""
+        loads = {key: session.load for key, session in self._sessions.items()}
+        behind = any(session.ledger.behind for session in self._sessions.values())
+        change = self._governor.look(now, time.process_time(), loads, behind=behind)
+        if change is None:
+            return
+        session, detail = self._sessions[change.key], change.detail.name.lower()
+        log.warning("process %d: %s; from now on %s is recorded", session.target.pid, change.why, detail)
+        session.set_detail(change.detail)
+        told = {"event": "detail", "pid": session.target.pid, "session": session.writer.session, "detail": detail}
+        self._say({**told, "why": change.why})
 
     def _find(self) -> None:
         """Look at processes that are new, or whose address space has changed its size since the last look."""

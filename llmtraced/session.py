@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from llmtraced import __version__, clock
 from llmtraced.cgroup import cgroup_of
+from llmtraced.dial import Load
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.ggml_layout import Graph, Layout, derive, known_weights, memory_reader, read_graph
 from llmtraced.gguf_map import Model
@@ -86,6 +87,7 @@ class Session:
         self._weights: dict[int, tuple[int, int]] = {}
         self._graphs_read: set[int] = set()
         self._tries = 0
+        self._records = self._dropped = 0
         self._maps = b""
         self._warned: set[str] = set()
         self._batch_sizes: dict[int, tuple[int, int, int]] = {}
@@ -169,6 +171,7 @@ class Session:
     def set_detail(self, detail: Detail) -> None:
         """Turn the dial."""
         self.detail = detail
+        self.writer.describe({"detail": detail.name.lower()})
         if "ggml_graph_compute" not in self.target.symbols and not self.target.mapped_bytes:
             return  # still loading its libraries
         lost = self.tracer.set_detail(self.slot, detail, self.target.symbols, experts=self._experts)
@@ -239,6 +242,7 @@ class Session:
 
     def take(self, events: NDArray[Any]) -> None:
         """Take records of this process."""
+        self._records += len(events)
         kinds = events["kind"]
         marks = events[kinds == Kind.TOKEN]
         if len(marks):
@@ -262,6 +266,11 @@ class Session:
         """Records taken and not yet given to the writer."""
         return sum(len(batch) for epoch in self._epochs.values() for batch in epoch.events)
 
+    @property
+    def load(self) -> Load:
+        """What it has cost so far."""
+        return Load(self._records, self._dropped)
+
     def settled(self, number: int) -> bool:
         """Tell whether all of an ended epoch's records are here."""
         kernel = self.tracer.account(self.slot, number)
@@ -279,6 +288,7 @@ class Session:
                 "delivered": int(epoch.delivered[probe]),
                 "dropped": int(kernel["dropped"][probe]),
             }
+            self._dropped += cell["dropped"]
             if any(cell.values()):
                 account[probe.name.lower()] = cell
         return join(epoch.events), account

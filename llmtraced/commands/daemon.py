@@ -21,7 +21,7 @@ from llmtraced.values import duration, size
 
 log = logging.getLogger(__name__)
 
-_CHANGES = ("trace", "listen", "detail", "flush", "scan", "ring", "tensors")
+_CHANGES = ("trace", "listen", "detail", "flush", "scan", "ring", "tensors", "keep_age", "keep_size", "cpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scan", type=duration, metavar="S", help="seconds between looks for new servers (2s)")
     parser.add_argument("--ring", type=size, metavar="SIZE", help="event buffer, a power of two (16M)")
     parser.add_argument("--tensors", type=int, metavar="N", help="most tensors to export one by one (2000)")
+    parser.add_argument("--keep-age", type=duration, metavar="S", help="delete older traces; 0: never (30d)")
+    parser.add_argument("--keep-size", type=size, metavar="SIZE", help="delete the oldest beyond this; 0: never (20G)")
+    parser.add_argument(
+        "--cpu",
+        type=float,
+        metavar="X",
+        help="record less where this much of a processor is not enough; 0: never (0.5)",
+    )
     parser.add_argument("--json", action="store_true", help="say on stdout what happens, a JSON object a line")
     parser.add_argument("--check-config", action="store_true", help="read the configuration, print it, and end")
 

@@ -151,6 +151,7 @@ class Tracer:
         self._accounts[:, slot] = np.zeros(1, ACCOUNT)
         self.slots["epoch"][slot] = self._epoch
         self.slots["phase"][slot] = int(phase)
+        self.slots["detail"][slot] = int(Detail.FAULTS)
         self.slots["process"][slot] = pid
         self._slot_pids[slot] = pid
         self._process_fds[slot] = {}
@@ -204,7 +205,7 @@ class Tracer:
         Returns:
             What is lost for want of symbols or permission, a sentence each; empty if all could be attached.
         """
-        wanted = [p for p in PROCESS_POINTS if p.detail <= detail]
+        wanted = [p for p in PROCESS_POINTS if p.detail <= max(detail, Detail.FAULTS)]
         matrices = None
         if detail == MATRICES.detail and not experts:
             matrices = self._attach_matrices(slot, symbols)
