@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 _WAIT_SECONDS = 0.25
 _LOADING_SECONDS = 0.05
 _REFRESH_SECONDS = 1.0
-_PRUNE_SECONDS = 300.0
+_PRUNE_SECONDS = 60.0
 
 
 def notify(state: str) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from llmtraced import clock
 from llmtraced.errors import LlmtracedError
 from llmtraced.probes.tracer import Tracer
 from llmtraced.schema import Detail, Phase
@@ -76,6 +77,7 @@ class Recorder:
         Raises:
             LlmtracedError: it cannot be traced.
         """
+        writer.describe({"flush_seconds": self.flush_seconds, "ended_ns": None})
         session = Session(self.tracer, target, writer, detail, phase)
         with self.lock:
             self.sessions[session.slot] = session
@@ -174,6 +176,8 @@ class Recorder:
         try:
             if not session.described and session.ledger.ready():  # it could not be written when the session began
                 self._write_tensors(session)
+            if last:
+                session.writer.describe({"ended_ns": clock.monotonic_ns()})
             session.write(events, account, last=last)
         finally:
             with self._counting:

@@ -19,6 +19,7 @@ from fakes import FakeTracer, event, events, model, pages, target, tensor
 from llmtraced import recorder as module
 from llmtraced import session as session_module
 from llmtraced import store as store_module
+from llmtraced.analysis.trace import open_trace
 from llmtraced.errors import LlmtracedError
 from llmtraced.gguf_map import Model
 from llmtraced.recorder import Recorder
@@ -251,6 +252,17 @@ def test_removal_writes_what_is_left(recorder: Recorder, tracer: FakeTracer, tmp
     assert tokens[0]["end_ns"] == 2**40
     assert files(tmp_path, "faults") == [(1, {"faults": cell(1, 1, 0)})]
     assert pq.read_table(tmp_path / "tensors").num_rows == 1
+
+
+def test_a_recording_that_was_not_ended_is_told_from_one_that_was(recorder: Recorder, tmp_path: Path) -> None:
+    session = add(recorder, tmp_path)
+    fault(recorder)
+    flushed(recorder)
+    (note,) = open_trace(tmp_path).notes
+    assert "has not been ended" in note
+    assert "up to 3600 s are missing" in note
+    removed(recorder, session)
+    assert open_trace(tmp_path).notes == ()
 
 
 def test_close_ends_all_sessions(tracer: FakeTracer, tmp_path: Path) -> None:
