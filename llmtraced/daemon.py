@@ -146,9 +146,14 @@ class Daemon:
         if now - self._refreshed >= _REFRESH_SECONDS or loading:
             self._refreshed = now
             for key, session in list(self._sessions.items()):
-                if session.target.alive:
+                if not session.target.alive:
+                    self._end(key)
+                    continue
+                try:
                     session.refresh()
-                else:
+                except Exception:  # a mistake about one process must not end the others' recording
+                    log.exception("process %d: it is not traced any more", key[0])
+                    self._refused.add(key)
                     self._end(key)
 
     def _turn(self, now: float) -> None:
@@ -175,12 +180,16 @@ class Daemon:
                 except (OSError, IndexError):
                     continue
         changed = [pid for pid, size in sizes.items() if self._sizes.get(pid) != size and size != b"0"]
-        known = {pid for pid, _ in self._sessions}
-        for target in targets.scan(changed, known=known):
-            key = (target.pid, target.start)
-            if key not in self._refused:
-                self._begin(key, target, Phase.LOAD if target.start > self._started else Phase.UNKNOWN)
         self._sizes = sizes
+        known = {pid for pid, _ in self._sessions}
+        for pid in changed:
+            try:
+                for target in targets.scan([pid], known=known):
+                    key = (target.pid, target.start)
+                    if key not in self._refused:
+                        self._begin(key, target, Phase.LOAD if target.start > self._started else Phase.UNKNOWN)
+            except Exception:  # of one process; it is looked at again when its size has changed
+                log.exception("process %d cannot be looked at", pid)
 
     def _begin(self, key: tuple[int, int], target: targets.Target, phase: Phase) -> None:
         writer = TraceWriter(
@@ -205,7 +214,7 @@ class Daemon:
     def _end(self, key: tuple[int, int]) -> None:
         self.recorder.remove(self._sessions.pop(key))
         self._sizes.pop(key[0], None)  # should its number be used again, by a process of the same size
-        log.info("process %d has ended", key[0])
+        log.info("process %d is not traced any more", key[0])
 
     def _tell_end(self, session: Session) -> None:
         told = {"event": "end", "pid": session.target.pid, "session": session.writer.session}

@@ -84,6 +84,7 @@ class Session:
         self.ledger = Ledger(writer, target.pid)
         self.described = False
         self._epochs: dict[int, _Epoch] = {}
+        self._refused: set[str] = set()
         self._weights: dict[int, tuple[int, int]] = {}
         self._graphs_read: set[int] = set()
         self._tries = 0
@@ -120,25 +121,50 @@ class Session:
     # --- the process -----------------------------------------------------------------------------------------------
 
     def _register(self, target: Target) -> None:
-        """Take in the target's models and where they are mapped; called again when that changed."""
-        new = {label: model for label, model in target.models.items() if label not in self.models}
-        self.models |= new
-        for file in target.files:
-            if file.label in new:
-                self.files[file.label, file.shard] = self.tracer.next_file()
-                self._add_file(file.label, file.shard, file.device, file.inode)
-        if new:
+        """Take in the target's models and where they are mapped; called again when that changed.
+
+        Raises:
+            LlmtracedError: there is no room for a model; the others are taken in.
+        """
+        before, failure = len(self.models), None
+        for label in [n for n in target.models if n not in self.models and n not in self._refused]:
+            try:
+                self._add_model(label, target)
+            except LlmtracedError as error:
+                self._refused.add(label)
+                failure = failure or error
+        if len(self.models) > before:
             self.resolver = Resolver(self.models, self.files)
             self.rows = RowMaker(self.resolver)
             self._by_name: dict[str, list[int]] = {}
             for number, name in enumerate(self.resolver.names):
                 self._by_name.setdefault(name, []).append(number)
         ranges = sorted(
-            (m.start, m.end, m.offset, self.files[f.label, f.shard]) for f in target.files for m in f.mappings
+            (m.start, m.end, m.offset, self.files[f.label, f.shard])
+            for f in target.files
+            for m in f.mappings
+            if f.label in self.models
         )
         if ranges != self._ranges:
-            self._ranges = ranges
             self.tracer.set_ranges(self.slot, ranges)
+            self._ranges = ranges
+        if failure:
+            raise failure
+
+    def _add_model(self, label: str, target: Target) -> None:
+        self.models[label] = target.models[label]
+        added = []
+        try:
+            for file in (f for f in target.files if f.label == label):
+                self.files[label, file.shard] = self.tracer.next_file()
+                self._add_file(label, file.shard, file.device, file.inode)
+                added.append(self.files[label, file.shard])
+        except BaseException:
+            del self.models[label]
+            self.files = {key: number for key, number in self.files.items() if key[0] != label}
+            for number in added:
+                self.tracer.remove_file(number)
+            raise
 
     def _add_file(self, label: str, shard: int, device: int, inode: int) -> None:
         model, number = self.models[label], self.files[label, shard]
@@ -159,7 +185,13 @@ class Session:
         experts = self._experts
         for target in scan([self.target.pid]):
             self.target = target
-            self._register(target)
+            try:
+                self._register(target)
+            except LlmtracedError as error:
+                if str(error) not in self._warned:
+                    log.warning("process %d: %s", target.pid, error)
+                    self.problems.append(str(error))
+                self._warned.add(str(error))
             self.writer.describe(session_metadata(target, self.detail))
         if not self.clocked or experts != self._experts:
             self.set_detail(self.detail)

@@ -1,4 +1,4 @@
-"""A daemon under test, and a small made-up server for it to find. For tests that need no real engine."""
+"""A daemon under test, a small made-up server for it to find, and a real one that has something to do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import pyarrow.parquet as pq
-from helpers import wait_until
+from helpers import EMULATED, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
-__all__ = ["Daemon", "MadeUp", "accounts", "build", "mounted", "sums"]
+from llmtraced.bench.engine import Server
+
+__all__ = ["TOKENS", "Daemon", "MadeUp", "accounts", "asking", "build", "mounted", "sums"]
+
+TOKENS = 4 if EMULATED else 16
+"""Tokens of an answer of :func:`asking`."""
 
 _SOURCE = """
 #include <fcntl.h>
@@ -180,3 +186,31 @@ def accounts(trace: Path, table: str, pid: int) -> list[dict[str, int]]:
 def sums(cells: Sequence[dict[str, int]]) -> dict[str, int]:
     """Return an account summed over files."""
     return {key: sum(cell[key] for cell in cells) for key in ("counted", "delivered", "dropped")}
+
+
+@contextmanager
+def asking(
+    server: Server, expected: str = "", prompt: Sequence[int] = tuple(range(20, 27)), tokens: int = TOKENS
+) -> Iterator[list[str]]:
+    """Have the server generate all the time; yield the answers so far. Each must be ``expected``, where given."""
+    answers: list[str] = []
+    problems: list[BaseException] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        try:
+            while not over.is_set():
+                answers.append(server.completion(prompt, tokens)["content"])
+        except BaseException as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield answers
+    finally:
+        over.set()
+        thread.join()
+    assert not problems, problems
+    if expected:
+        assert set(answers) == {expected}

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,11 @@ def run(args: argparse.Namespace) -> int:
     from llmtraced.daemon import Daemon
 
     def say(event: dict[str, Any]) -> None:
-        print(json.dumps(event), flush=True)
+        try:
+            print(json.dumps(event), flush=True)
+        except OSError as error:  # whoever listened has gone, or its disk is full: no reason to stop
+            log.warning("nobody hears what is said on stdout any more: %s", error.strerror)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -328,9 +328,10 @@ class Tracer:
         """
         n_bytes, n_pages = len(extents.byte_starts), len(extents.page_starts)
         words = -(-size // PAGE // 64) + 1
-        bounds, seen = self._bound_space.take(n_bytes + n_pages), self._seen_space.take(words)
+        bounds = self._bound_space.take(n_bytes + n_pages)
         if bounds is None:
             raise LlmtracedError(f"no room for {n_bytes + n_pages} more extents of {self.sizes.bounds}", UNSUPPORTED)
+        seen = self._seen_space.take(words)
         self._bounds[bounds : bounds + n_bytes] = extents.byte_starts
         self._bounds[bounds + n_bytes : bounds + n_bytes + n_pages] = extents.page_starts
         self._counters[bounds : bounds + n_bytes + n_pages] = np.zeros(1, COUNTER)

@@ -85,6 +85,7 @@ class FakeTracer:
         self.detail: dict[int, Detail] = {}
         self.lost: list[str] = []
         self.removed: list[int] = []
+        self.files_removed: list[int] = []
         self.freed: list[int] = []
         self.epoch = 0
         self.unplaced = 3
@@ -111,6 +112,9 @@ class FakeTracer:
     def add_file(self, number: int, slot: int, device: int, inode: int, size: int, extents: Extents) -> None:
         self.extents[number] = extents
         self.totals[number] = np.zeros(len(extents.byte_starts), COUNTER), np.zeros(len(extents.page_starts), COUNTER)
+
+    def remove_file(self, number: int) -> None:
+        self.files_removed.append(number)
 
     def counters(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
         return self.totals[number]

@@ -456,6 +456,31 @@ def test_a_process_that_cannot_be_traced_takes_no_slot(
     assert (tracer.removed, tracer.freed) == ([0], [0])
 
 
+def test_a_model_that_finds_no_room_later_leaves_the_others(
+    recorder: Recorder, tracer: FakeTracer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = add(recorder, None)
+    shards = model([tensor("b", 0, 100), tensor("c", 0, 100, shard=1)], 2, "large.gguf")
+    more = target({"m.gguf": SIMPLE, "large.gguf": shards, "small.gguf": SIMPLE}, base=MODEL)
+    real, free = tracer.add_file, iter((True, False, True))
+
+    def add_file(*args: Any) -> None:
+        if not next(free):
+            raise LlmtracedError("no room for 9 more extents")
+        real(*args)
+
+    monkeypatch.setattr(tracer, "add_file", add_file)
+    monkeypatch.setattr(session_module, "scan", lambda _pids: [more])
+    for text in (b"one", b"two"):
+        monkeypatch.setattr(session_module, "maps_text", lambda _pid, text=text: text)
+        session.refresh()
+    assert set(session.models) == {"m.gguf", "small.gguf"}
+    assert tracer.files_removed == [1]
+    assert len(tracer.window[0]) == 2
+    assert session.problems == ["no room for 9 more extents"]
+    assert caplog.text.count("no room") == 1
+
+
 def test_a_file_name_that_is_not_utf8(recorder: Recorder, tmp_path: Path, small_model: Path) -> None:
     path = tmp_path / os.fsdecode(b"\xff.gguf")
     path.symlink_to(small_model)
