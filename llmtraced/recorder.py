@@ -114,6 +114,7 @@ class Recorder:
 
     def poll(self) -> int:
         """Read what has come; flush when it is time. Returns the number of records."""
+        self.tracer.follow_cpus()
         n = self._drain()
         due = time.monotonic() - self._flushed >= self.flush_seconds
         if due or any(s.buffered > _BUFFERED_EVENTS for s in self.sessions.values()):

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.e2e
 KILLS = int(os.environ.get("LLMTRACED_KILLS", "30"))
 SEED = int(os.environ.get("LLMTRACED_SEED", "6"))
 FLUSH_SECONDS = 0.5
-SETTLE_SECONDS = 2.5  # until a file has its name, on a machine that is busy with a server, a daemon and a sidecar
+SETTLE_SECONDS = 1.5  # until a file has its name, on a machine that is busy with a server, a daemon and a sidecar
 PROMPT = list(range(20, 27))
 
 

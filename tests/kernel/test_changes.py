@@ -135,6 +135,45 @@ def test_a_number_that_is_used_again_is_another_process(daemon: Daemon, program:
     assert {one, two} <= set(open_trace(daemon.trace).sessions)
 
 
+def test_a_cpu_that_goes_offline_and_comes_back(program: Path, small_model: Path, tmp_path: Path) -> None:
+    """What perf attached to a CPU ends with it: faults there must be seen again when it is back."""
+    switch = Path("/sys/devices/system/cpu/cpu1/online")
+    need(switch.exists(), "needs a second CPU that can be taken offline")
+    with Daemon(tmp_path / "trace", tmp_path / "daemon.log") as daemon, MadeUp(program, small_model) as server:
+        daemon.found(server.pid)
+        os.sched_setaffinity(server.pid, {1})
+        assert counts(daemon, server)
+        try:
+            switch.write_text("0")
+            assert counts(daemon, server), "on the one that is left"
+            wait_until(lambda: "CPU 1 has gone offline" in daemon.log.read_text(), 20, "it is seen to go")
+        finally:
+            switch.write_text("1")
+        wait_until(lambda: "CPU 1 has come online" in daemon.log.read_text(), 20, "it is seen to come")
+        os.sched_setaffinity(server.pid, {1})
+        for _ in range(3):
+            assert counts(daemon, server)
+        seen = faults(daemon, server)
+        daemon.end()
+        found = sums(accounts(daemon.trace, "faults", server.pid))
+        assert found == {"counted": seen, "delivered": seen, "dropped": 0}
+        (end,) = daemon.said("end", pid=server.pid)
+        rows = open_trace(daemon.trace, end["session"]).table("faults").collect()
+        assert rows["major"].null_count() == 0, "each has an end"
+
+
+def test_old_traces_are_deleted_at_the_start(tmp_path: Path) -> None:
+    old = tmp_path / "trace" / "faults" / "host=h" / "model=m" / "date=2020-01-01" / "s-1-000000.parquet"
+    recorded = tmp_path / "trace" / "faults" / "s-1-000000.parquet"
+    for path in (old, recorded):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        os.utime(path, (0, 0))
+    with Daemon(tmp_path / "trace", tmp_path / "daemon.log", "--keep-age", "7d"):
+        wait_until(lambda: not old.parent.exists(), 20, "it is gone")
+    assert recorded.exists(), "what was recorded by hand stays"
+
+
 HOSTILE = "\x1b]0;owned\x07\n\"'\\{}=, \u202e"
 
 

@@ -137,6 +137,9 @@ class FakeTracer:
         self.accounts[:, self.epoch] = 0
         return before
 
+    def follow_cpus(self) -> None:
+        pass
+
     def flush(self) -> None:
         self.flushes += 1
 
