@@ -25,10 +25,10 @@ from llmtraced.schema import TABLES
 
 pytestmark = pytest.mark.e2e
 
-KILLS = int(os.environ.get("LLMTRACED_KILLS", "30"))
+KILLS = int(os.environ.get("LLMTRACED_KILLS", "12"))
 SEED = int(os.environ.get("LLMTRACED_SEED", "6"))
 FLUSH_SECONDS = 0.5
-SETTLE_SECONDS = 1.5  # until a file has its name, on a machine that is busy with a server, a daemon and a sidecar
+SETTLE_SECONDS = 1.0  # until a file has its name, on a machine that is busy with a server, a daemon and a sidecar
 PROMPT = list(range(20, 27))
 
 
@@ -79,7 +79,7 @@ def test_the_daemon_is_killed(small_model: Path, llama_server: Path, tmp_path: P
                         if n % 3:  # while it records; else also while it compiles, attaches, looks for servers
                             wait_until(lambda: daemon.said("begin", pid=server.pid), 60, "the server is found")
                         begun_ns = time.monotonic_ns()
-                        time.sleep(rng.uniform(0, 4))
+                        time.sleep(rng.uniform(0, 3))
                         assert daemon.process.poll() is None, daemon.log.read_text()
                         daemon.process.kill()
                         killed_ns = time.monotonic_ns()
