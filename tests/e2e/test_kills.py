@@ -25,7 +25,7 @@ from llmtraced.schema import TABLES
 
 pytestmark = pytest.mark.e2e
 
-KILLS = int(os.environ.get("LLMTRACED_KILLS", "12"))
+KILLS = int(os.environ.get("LLMTRACED_KILLS", "8"))
 SEED = int(os.environ.get("LLMTRACED_SEED", "6"))
 FLUSH_SECONDS = 0.5
 SETTLE_SECONDS = 1.0  # until a file has its name, on a machine that is busy with a server, a daemon and a sidecar
