@@ -73,7 +73,7 @@ soak: install ## nothing grows with time (MINUTES=10; root)
 	LLMTRACED_SOAK=$$(($(MINUTES) * 60)) $(AS_ROOT) $(BIN)/python -m pytest tests/e2e/test_soak.py -q -s
 
 KILLS ?= 100
-kills: install ## kill -9 of daemon and server at so many random moments each (KILLS=100; root)
+kills: install ## kill -9 of daemon and server at random moments, so many each (KILLS=100; root)
 	LLMTRACED_KILLS=$(KILLS) $(AS_ROOT) $(BIN)/python -m pytest tests/e2e/test_kills.py -q -s
 
 # Another kernel, its headers and virtme-ng go into the cache and .venv; QEMU is the machine's. KERNEL=linux-image-...
