@@ -24,6 +24,7 @@ system:
 	ls -d /usr/src/linux-headers-* /usr/src/kernels/* /lib/modules/$$(uname -r)/build 2>/dev/null | grep -q . || missing="$$missing linux-headers"; \
 	for tool in cmake g++ $(CLANG_FORMAT); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	PATH=$$PATH:/usr/sbin:/sbin command -v mkfs.ext4 >/dev/null || missing="$$missing e2fsprogs"; \
 	missing=$${missing/g++/g++ make}; \
 	test -n "$$missing" || exit 0; \
 	echo "installing:$$missing"; \
@@ -63,6 +64,18 @@ kernel: install ## real probes, real faults, exact counts (root)
 e2e: install ## a real llama-server with a real model (root)
 	$(AS_ROOT) $(BIN)/python -m pytest tests/e2e -q
 
+CASES ?= 5000000
+fuzz: install ## mutated GGUF files by the million, with a random seed (CASES=5000000)
+	$(BIN)/python tests/fuzz.py $(CASES)
+
+MINUTES ?= 10
+soak: install ## nothing grows with time (MINUTES=10; root)
+	LLMTRACED_SOAK=$$(($(MINUTES) * 60)) $(AS_ROOT) $(BIN)/python -m pytest tests/e2e/test_soak.py -q -s
+
+KILLS ?= 100
+kills: install ## kill -9 of daemon and server at random moments, so many each (KILLS=100; root)
+	LLMTRACED_KILLS=$(KILLS) $(AS_ROOT) $(BIN)/python -m pytest tests/e2e/test_kills.py -q -s
+
 # Another kernel, its headers and virtme-ng go into the cache and .venv; QEMU is the machine's. KERNEL=linux-image-...
 # takes another one that apt knows. (liburing is compiled for this processor, like the usual llama-server.) tests/guest/boot.py says what a guest is, docs/compatibility.md what came out.
 KERNEL ?= linux-image-amd64
@@ -96,4 +109,4 @@ bench: install ## measure this tool on this machine
 clean: ## remove what was built here (not the cache in ~/.cache/llmtraced)
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help demo install system test lint types unit kernel e2e test-guest fmt bench clean
+.PHONY: help demo install system test lint types unit kernel e2e fuzz soak kills test-guest fmt bench clean

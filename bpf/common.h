@@ -134,6 +134,15 @@ INLINE struct event *reserve(u32 slot, u32 epoch, u32 probe, u64 n) {
     return event;
 }
 
+// The same for what is only counted, and counted as dropped, where the dial is at DETAIL_TOTALS.
+INLINE struct event *reserve_detail(struct slot *slot, u32 slot_no, u32 epoch, u32 probe, u64 n) {
+    if (slot && slot->detail < DETAIL_FAULTS) {
+        drop(slot_no, epoch, probe, n);
+        return 0;
+    }
+    return reserve(slot_no, epoch, probe, n);
+}
+
 INLINE void submit(struct event *event, bool wake) {
     ring.ringbuf_submit(event, wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 }

@@ -44,7 +44,7 @@ INLINE void emit_fault(u64 task, struct slot *slot, u32 slot_no, u64 ts, u8 outc
                        u64 offset, u32 file_no) {
     u32 epoch = slot->epoch;
     bool wake = count(slot_no, epoch, PROBE_FAULTS, 1);
-    struct event *event = reserve(slot_no, epoch, PROBE_FAULTS, 1);
+    struct event *event = reserve_detail(slot, slot_no, epoch, PROBE_FAULTS, 1);
     if (!event)
         return;
     stamp(event, task, ts, slot, slot_no, epoch, KIND_FAULT, outcome);

@@ -199,7 +199,9 @@ INLINE void end_run(struct run *run, u8 kind) {
     if (file)
         total(run, file, kind);
     count(run->slot, epoch, PROBE_PAGECACHE, run->pages);
-    struct event *event = reserve(run->slot, epoch, PROBE_PAGECACHE, run->pages);
+    u32 slot_no = run->slot;
+    struct slot *slot = slots.lookup(&slot_no);
+    struct event *event = reserve_detail(slot, slot_no, epoch, PROBE_PAGECACHE, run->pages);
     if (event) {
         event->ts = run->ts;
         event->token = run->token;
@@ -286,7 +288,7 @@ INLINE int record_read(struct model_file *file, u32 file_no, u64 index, u64 last
         return 0;
     u32 epoch = slot->epoch;
     bool wake = count(slot_no, epoch, PROBE_READS, 1);
-    struct event *event = reserve(slot_no, epoch, PROBE_READS, 1);
+    struct event *event = reserve_detail(slot, slot_no, epoch, PROBE_READS, 1);
     if (!event)
         return 0;
     stamp(event, bpf_get_current_pid_tgid(), bpf_ktime_get_ns(), slot, slot_no, epoch, KIND_READ, CAUSE_READ);

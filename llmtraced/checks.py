@@ -110,7 +110,7 @@ def probes(tracer: Tracer) -> Iterator[Check]:
             status = "missing" if point.required else "degraded"
             yield Check(name, status, f"{error}; lost: {point.lost}", required=point.required)
         else:
-            for fd in fds:
+            for fd in fds.values():
                 os.close(fd)
             yield Check(name, "ok", f"{attached}: attached and detached", required=point.required)
     yield _uprobes(loaded)

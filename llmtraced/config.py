@@ -23,11 +23,14 @@ class Config:
     Attributes:
         trace: folder for traces; empty: nothing is recorded, metrics only.
         listen: ``address:port`` of ``/metrics``; empty: none.
-        detail: ``faults``, ``ops`` or ``full``.
+        detail: ``totals``, ``faults``, ``ops`` or ``full``.
         flush: seconds until a record is on disk.
         scan: seconds between looks for new servers.
         ring: bytes of the event buffer, a power of two.
         tensors: a model with more tensors than this is exported by layer and component.
+        keep_age: seconds that files of traces are kept; 0: for ever.
+        keep_size: bytes of traces that are kept; 0: any.
+        cpu: processor seconds a second that may be used before less is recorded; 0: any.
     """
 
     trace: str = "/var/lib/llmtraced"
@@ -37,6 +40,9 @@ class Config:
     scan: float = 2.0
     ring: int = 16 << 20
     tensors: int = 2000
+    keep_age: float = 30 * 86_400.0
+    keep_size: int = 20 << 30
+    cpu: float = 0.5
 
     @property
     def address(self) -> tuple[str, int] | None:
@@ -48,11 +54,11 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.detail not in [d.name.lower() for d in Detail]:
-            raise LlmtracedError(f"detail: {printable(self.detail)!r} is none of faults, ops, full", USAGE)
+            raise LlmtracedError(f"detail: {printable(self.detail)!r} is none of totals, faults, ops, full", USAGE)
         port = re.fullmatch(r".+:([0-9]{1,5})", self.listen)
         if self.listen and (port is None or int(port[1]) > 65535):
             raise LlmtracedError(f"listen: {printable(self.listen)!r} is not address:port", USAGE)
-        for name, low in (("flush", 0.1), ("scan", 0.1), ("tensors", 0)):
+        for name, low in (("flush", 0.1), ("scan", 0.1), ("tensors", 0), ("keep_age", 0), ("keep_size", 0), ("cpu", 0)):
             if not getattr(self, name) >= low:  # "not a number" is not either
                 raise LlmtracedError(f"{name}: must be at least {low}", USAGE)
         if self.ring < 1 << 16 or self.ring & (self.ring - 1):
@@ -86,9 +92,9 @@ def read_config(path: Path | None, changes: dict[str, Any] | None = None) -> Con
             if key not in fields:
                 raise LlmtracedError(f"{where}: no such key; there are {', '.join(fields)}", USAGE)
             try:
-                if key in ("flush", "scan") and isinstance(value, str):
+                if key in ("flush", "scan", "keep_age") and isinstance(value, str):
                     values[key] = duration(value)
-                elif key == "ring" and isinstance(value, str):
+                elif key in ("ring", "keep_size") and isinstance(value, str):
                     values[key] = size(value)
             except argparse.ArgumentTypeError as error:
                 raise LlmtracedError(f"{where}: {error}", USAGE) from error

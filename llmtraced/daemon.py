@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIServer
@@ -22,11 +23,13 @@ from prometheus_client.registry import CollectorRegistry
 
 from llmtraced import target as targets
 from llmtraced.config import Config
+from llmtraced.dial import Governor
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.metrics import LlmtracedCollector
 from llmtraced.probes.loader import Sizes
 from llmtraced.probes.tracer import Tracer
 from llmtraced.recorder import Recorder
+from llmtraced.retention import Keeper
 from llmtraced.schema import Detail, Phase
 from llmtraced.session import Session, session_metadata, session_name
 from llmtraced.store import TraceWriter, clean_leftovers
@@ -38,6 +41,7 @@ log = logging.getLogger(__name__)
 _WAIT_SECONDS = 0.25
 _LOADING_SECONDS = 0.05
 _REFRESH_SECONDS = 1.0
+_PRUNE_SECONDS = 60.0
 
 
 def notify(state: str) -> None:
@@ -77,10 +81,14 @@ class Daemon:
         self._refused: set[tuple[int, int]] = set()
         self._scanned = self._refreshed = 0.0
         self._server: WSGIServer | None = None
+        self._governor = Governor(self.detail, config.cpu)
+        self._keeper: Keeper | None = None
+        self._pruned = -_PRUNE_SECONDS
         if config.trace:
             n = clean_leftovers(Path(config.trace))
             if n:
                 log.info("removed %d unfinished files of an earlier run", n)
+            self._keeper = Keeper(Path(config.trace), config.keep_age, config.keep_size)
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Work until ``stop()``; then everything is flushed.
@@ -124,18 +132,42 @@ class Daemon:
         self.tracer.ring.wait(_LOADING_SECONDS if loading else _WAIT_SECONDS)
         if self._sessions:
             self.recorder.poll()
+        for session in self.recorder.ended():
+            self._tell_end(session)
         now = time.monotonic()
         if now - self._scanned >= self.config.scan:
             self._scanned = now
             self._find()
             notify("WATCHDOG=1")
+        if self._keeper and now - self._pruned >= _PRUNE_SECONDS:
+            self._pruned = now
+            self.recorder.later(partial(self._keeper.prune, {s.writer.session for s in self._sessions.values()}))
+        self._turn(now)
         if now - self._refreshed >= _REFRESH_SECONDS or loading:
             self._refreshed = now
             for key, session in list(self._sessions.items()):
-                if session.target.alive:
-                    session.refresh()
-                else:
+                if not session.target.alive:
                     self._end(key)
+                    continue
+                try:
+                    session.refresh()
+                except Exception:  # a mistake about one process must not end the others' recording
+                    log.exception("process %d: it is not traced any more", key[0])
+                    self._refused.add(key)
+                    self._end(key)
+
+    def _turn(self, now: float) -> None:
+        """Record less where it costs too much, and more again."""
+        loads = {key: session.load for key, session in self._sessions.items()}
+        behind = any(session.ledger.behind for session in self._sessions.values())
+        change = self._governor.look(now, time.process_time(), loads, behind=behind)
+        if change is None:
+            return
+        session, detail = self._sessions[change.key], change.detail.name.lower()
+        log.warning("process %d: %s; from now on %s is recorded", session.target.pid, change.why, detail)
+        session.set_detail(change.detail)
+        told = {"event": "detail", "pid": session.target.pid, "session": session.writer.session, "detail": detail}
+        self._say({**told, "why": change.why})
 
     def _find(self) -> None:
         """Look at processes that are new, or whose address space has changed its size since the last look."""
@@ -148,12 +180,16 @@ class Daemon:
                 except (OSError, IndexError):
                     continue
         changed = [pid for pid, size in sizes.items() if self._sizes.get(pid) != size and size != b"0"]
-        known = {pid for pid, _ in self._sessions}
-        for target in targets.scan(changed, known=known):
-            key = (target.pid, target.start)
-            if key not in self._refused:
-                self._begin(key, target, Phase.LOAD if target.start > self._started else Phase.UNKNOWN)
         self._sizes = sizes
+        known = {pid for pid, _ in self._sessions}
+        for pid in changed:
+            try:
+                for target in targets.scan([pid], known=known):
+                    key = (target.pid, target.start)
+                    if key not in self._refused:
+                        self._begin(key, target, Phase.LOAD if target.start > self._started else Phase.UNKNOWN)
+            except Exception:  # of one process; it is looked at again when its size has changed
+                log.exception("process %d cannot be looked at", pid)
 
     def _begin(self, key: tuple[int, int], target: targets.Target, phase: Phase) -> None:
         writer = TraceWriter(
@@ -176,10 +212,9 @@ class Daemon:
             log.warning("process %d: %s", target.pid, problem)
 
     def _end(self, key: tuple[int, int]) -> None:
-        session = self._sessions.pop(key)
-        self.recorder.remove(session)
-        self._tell_end(session)
-        log.info("process %d has ended", key[0])
+        self.recorder.remove(self._sessions.pop(key))
+        self._sizes.pop(key[0], None)  # should its number be used again, by a process of the same size
+        log.info("process %d is not traced any more", key[0])
 
     def _tell_end(self, session: Session) -> None:
         told = {"event": "end", "pid": session.target.pid, "session": session.writer.session}
@@ -191,7 +226,7 @@ class Daemon:
             self._server.shutdown()
             self._server.server_close()
         self.recorder.close()
-        for session in self._sessions.values():
+        for session in self.recorder.ended():
             self._tell_end(session)
         self._sessions.clear()
         self.tracer.close()

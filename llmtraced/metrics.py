@@ -119,6 +119,9 @@ class LlmtracedCollector(Collector):
         size = GaugeMetricFamily("llmtraced_model_bytes", "Size of the model's files.", labels=_LABELS)
         mapped = GaugeMetricFamily("llmtraced_mapped_bytes", "Bytes of model files in the process.", labels=("pid",))
         problems = GaugeMetricFamily("llmtraced_problems", "What cannot be traced in the process.", labels=("pid",))
+        detail = GaugeMetricFamily(
+            "llmtraced_detail", "What is recorded: 0 totals only, 1 faults, 2 ops, 3 full.", labels=("pid",)
+        )
         for session in sessions:
             pid = str(session.target.pid)
             main = (pid, printable(next(iter(session.models), "")))
@@ -145,12 +148,13 @@ class LlmtracedCollector(Collector):
             stall.add_metric(main, float(slot["stall_ns"]) / 1e9)
             mapped.add_metric((pid,), float(session.target.mapped_bytes))
             problems.add_metric((pid,), float(len(session.problems)))
+            detail.add_metric((pid,), float(session.detail))
             for probe in Probe:
                 cell = session.account.get(probe.name.lower(), {})
                 for outcome in ("counted", "delivered", "dropped"):
                     events.add_metric((*main, probe.name.lower(), outcome), float(cell.get(outcome, 0)))
         yield from (faults, seconds, read, again, evicted, causes, tokens, graphs, evaluating, stall, events)
-        yield from (size, mapped, problems)
+        yield from (size, mapped, problems, detail)
 
     def _groups(self, session: Session, pid: str) -> Iterator[tuple[tuple[str, ...], NDArray[np.int64]]]:
         """Yield label values and the tensors they stand for."""
@@ -196,6 +200,9 @@ class LlmtracedCollector(Collector):
         yield _count("llmtraced_unsettled", "Intervals whose account did not add up in time.", recorder.unsettled)
         yield _count("llmtraced_trace_bytes", "Bytes of trace files written.", recorder.bytes_written)
         yield _count("llmtraced_trace_write_errors", "Files that could not be written.", recorder.write_errors)
+        yield _gauge(
+            "llmtraced_recording_paused", "1: the last interval was not written (the log says why).", recorder.paused
+        )
         yield _gauge("llmtraced_ring_waiting_records", "Records in the ring.", tracer.ring.waiting)
         yield _gauge("llmtraced_ring_capacity_records", "Records that it holds.", tracer.ring.capacity)
         yield _gauge(

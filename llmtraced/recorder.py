@@ -1,7 +1,8 @@
 """Sessions: a traced process's events become the files of a trace.
 
 One thread reads the ring (:meth:`Recorder.poll`); another makes rows and writes Parquet, so that a slow disk costs
-memory (bounded) and then, in the ring, events (counted), but never the reader's attention.
+memory (bounded) and then intervals (counted as dropped), but never the reader's attention: nothing that it does waits
+for the disk.
 
 Files follow *epochs* of the account. To end one, the kernel is told to count in the next; what was under way then
 settles within microseconds, and the ended epoch's records are complete when their number is what the kernel counted
@@ -14,12 +15,15 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from llmtraced import clock
 from llmtraced.errors import LlmtracedError
 from llmtraced.probes.tracer import Tracer
 from llmtraced.schema import Detail, Phase
@@ -33,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _SETTLE_SECONDS: Final = 1.0
 _BUFFERED_EVENTS: Final = 1 << 17  # 8 MB of records, a row group: then a file is written before its time
-_QUEUED_FILES: Final = 4
+_QUEUED_BYTES: Final = 64 << 20  # of records that wait for the writer; what comes then is not recorded
 
 
 class Recorder:
@@ -60,8 +64,11 @@ class Recorder:
         self.bytes_written = 0
         self.write_errors = 0
         self._flushed = time.monotonic()
-        self._jobs: queue.Queue[tuple[Session, NDArray[Any], Account, bool] | None] = queue.Queue(_QUEUED_FILES)
-        self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
+        self._queued = 0
+        self._counting = threading.Lock()
+        self._ended: queue.SimpleQueue[Session] = queue.SimpleQueue()
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._writer = threading.Thread(target=self._work, name="writer", daemon=True)
         self._writer.start()
 
     def add(self, target: Target, writer: TraceWriter, detail: Detail, phase: Phase) -> Session:
@@ -70,31 +77,44 @@ class Recorder:
         Raises:
             LlmtracedError: it cannot be traced.
         """
+        writer.describe({"flush_seconds": self.flush_seconds, "ended_ns": None})
         session = Session(self.tracer, target, writer, detail, phase)
         with self.lock:
             self.sessions[session.slot] = session
-        self._write_tensors(session)
+        self.later(lambda: self._write_tensors(session))
         return session
 
     def remove(self, session: Session) -> None:
-        """Stop tracing a process and write what is left of it."""
+        """Stop tracing a process; what is left of it is written by and by, and then it is in :meth:`ended`."""
         self.tracer.remove_process(session.slot)
         self.flush(last=session)
-        self._jobs.join()
-        self._write_tensors(session)
         with self.lock:
             del self.sessions[session.slot]
             self.tracer.free(session.slot)
 
-    def _write_tensors(self, session: Session) -> None:
-        try:
-            session.write_tensors()
-        except LlmtracedError as error:
-            self.write_errors += 1
-            log.error("%s", error)
+    def ended(self) -> list[Session]:
+        """Return the sessions that were removed and, since the last call, written to their end."""
+        found = []
+        while not self._ended.empty():
+            found.append(self._ended.get())
+        return found
+
+    @property
+    def paused(self) -> bool:
+        """Whether the last interval of some session could not be written, or did not find the writer ready."""
+        return any(session.paused for session in list(self.sessions.values()))
+
+    def later(self, job: Callable[[], None]) -> None:
+        """Have the writer's thread do something when it has done all that it was given before."""
+        self._jobs.put(job)
+
+    def wait(self) -> None:
+        """Return when the writer has done all that it was given."""
+        self._jobs.join()
 
     def poll(self) -> int:
         """Read what has come; flush when it is time. Returns the number of records."""
+        self.tracer.follow_cpus()
         n = self._drain()
         due = time.monotonic() - self._flushed >= self.flush_seconds
         if due or any(s.buffered > _BUFFERED_EVENTS for s in self.sessions.values()):
@@ -129,23 +149,52 @@ class Recorder:
             self._drain()
         for session in self.sessions.values():
             events, account = session.end_epoch(number)
-            if account or len(events) or session is last:
-                self._jobs.put((session, events, account, session is last))
+            ends = session is last
+            ledger = session.ledger
+            ledger.behind = bool(account) and self._queued > _QUEUED_BYTES // (4 if ledger.behind else 1)
+            if ledger.behind:
+                session.lose(account, "the disk does not keep up")
+                events, account = events[:0], {}
+            if account or len(events) or ends:
+                with self._counting:
+                    self._queued += events.nbytes
+                self.later(partial(self._write, session, events, account, ends))
 
-    def _write(self) -> None:
+    def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            session, events, account, last = job
-            before = sum(session.writer.bytes.values())
             try:
-                session.write(events, account, last=last)
-                self.bytes_written += sum(session.writer.bytes.values()) - before
-                self.write_errors += session.write_error is not None
+                job()
             except Exception:
-                log.exception("writing the trace of process %d failed", session.target.pid)
+                log.exception("writing a trace failed")
             finally:
-                del job, events
+                del job
                 pa.default_memory_pool().release_unused()  # a file's columns are some MB; between files we need none
                 self._jobs.task_done()
+        self._jobs.task_done()
+
+    def _write(self, session: Session, events: NDArray[Any], account: Account, last: bool) -> None:
+        before = sum(session.writer.bytes.values())
+        try:
+            if not session.described and session.ledger.ready():  # it could not be written when the session began
+                self._write_tensors(session)
+            if last:
+                session.writer.describe({"ended_ns": clock.monotonic_ns()})
+            session.write(events, account, last=last)
+        finally:
+            with self._counting:
+                self._queued -= events.nbytes
+            self.bytes_written += sum(session.writer.bytes.values()) - before
+            self.write_errors += bool(session.write_error)
+            if last:
+                self._write_tensors(session)
+                self._ended.put(session)
+
+    def _write_tensors(self, session: Session) -> None:
+        try:
+            session.write_tensors()
+        except LlmtracedError as error:
+            self.write_errors += 1
+            session.lose({}, str(error))
 
     def close(self) -> None:
         """End all sessions; everything is on disk when this returns."""

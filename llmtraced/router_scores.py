@@ -262,7 +262,7 @@ class ScoreRecorder:
             self.write()
 
     def write(self) -> None:
-        """Write what there is; a file that cannot be written is logged."""
+        """Write what there is; what cannot be written counts as dropped (see :mod:`llmtraced.ledger`)."""
         self._flushed = time.monotonic()
         for marks in self.session.marks or ():
             self._starts += zip(
@@ -274,14 +274,8 @@ class ScoreRecorder:
         if self._ticks or lost:
             cell = {"counted": len(self._ticks) + lost, "delivered": len(self._ticks), "dropped": lost}
             rows = table(self._ticks, self._by_mark, self._starts)
-            try:
-                self.session.writer.write(_TABLE, rows, _TABLE, {_TABLE: cell})
-            except LlmtracedError as error:
-                log.error("%s", error)
-            else:
-                total = self.session.account.setdefault(_TABLE, {"counted": 0, "delivered": 0, "dropped": 0})
-                for key, value in cell.items():
-                    total[key] += value
+            ledger = self.session.ledger
+            ledger.write([(_TABLE, rows)] if ledger.ready() else [], {_TABLE: cell})
         self._ticks = []
         later = [start for start, _, _ in self._starts if start > self._polled - _LATE_NS]
         self._starts = self._starts[-1 - len(later) :]  # what comes next may be older than the newest graph

@@ -98,11 +98,13 @@ class Outcome(IntEnum):
 
 
 class Detail(IntEnum):
-    """The dial: what is recorded besides page faults, page cache and token marks."""
+    """The dial: what is recorded. Tokens always are; totals of faults and pages are kept for the metrics, always."""
 
-    FAULTS = 0
-    OPS = 1
-    FULL = 2
+    TOTALS = 0
+    """Faults, pages and reads are counted, and counted as dropped."""
+    FAULTS = 1
+    OPS = 2
+    FULL = 3
 
 
 PHASES: Final = tuple(p.name.lower() for p in Phase)

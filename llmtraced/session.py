@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from llmtraced import __version__, clock
 from llmtraced.cgroup import cgroup_of
+from llmtraced.dial import Load
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.ggml_layout import Graph, Layout, derive, known_weights, memory_reader, read_graph
 from llmtraced.gguf_map import Model
+from llmtraced.ledger import Account, Ledger
 from llmtraced.probes.tracer import Tracer
 from llmtraced.resolve import Resolver
 from llmtraced.rows import RowMaker, TokenBook, join, pick
@@ -39,8 +41,6 @@ _PROBE_OF: Final = {
 }
 _LOW32: Final = np.uint64(0xFFFFFFFF)
 
-Account = dict[str, dict[str, int]]
-
 
 @dataclass(slots=True)
 class _Epoch:
@@ -61,7 +61,8 @@ class Session:
         phase: until the first graph: LOAD if the process was seen to start, else UNKNOWN.
 
     Attributes:
-        account: totals since the start, by probe, of what is on disk.
+        ledger: the account of what was written and what was not.
+        described: whether the table of tensors is on disk.
         op_names: of the build's ``enum ggml_op``.
         unbacked: tensors that the process computes with from elsewhere than the mapping.
         problems: what cannot be traced in this process, a sentence each.
@@ -81,13 +82,15 @@ class Session:
         self.op_names: dict[int, str] = {}
         self.unbacked: set[int] = set()
         self.backed: set[int] = set()
-        self.account: Account = {}
-        self.write_error: str | None = None
         self.marks: list[NDArray[Any]] | None = None
+        self.ledger = Ledger(writer, target.pid)
+        self.described = False
         self._epochs: dict[int, _Epoch] = {}
+        self._refused: set[str] = set()
         self._weights: dict[int, tuple[int, int]] = {}
         self._graphs_read: set[int] = set()
         self._tries = 0
+        self._records = self._dropped = 0
         self._maps = b""
         self._warned: set[str] = set()
         self._batch_sizes: dict[int, tuple[int, int, int]] = {}
@@ -102,28 +105,68 @@ class Session:
             tracer.free(self.slot)
             raise
 
+    @property
+    def account(self) -> Account:
+        """Totals since the start, by probe: of what is on disk, and of what was not written (it counts as dropped)."""
+        return self.ledger.account
+
+    @property
+    def paused(self) -> str:
+        """Why nothing is being recorded at the moment; empty: it is."""
+        return self.ledger.paused
+
+    @property
+    def write_error(self) -> str:
+        """What went wrong when the last interval was written; empty: nothing."""
+        return self.ledger.error
+
     # --- the process -----------------------------------------------------------------------------------------------
 
     def _register(self, target: Target) -> None:
-        """Take in the target's models and where they are mapped; called again when that changed."""
-        new = {label: model for label, model in target.models.items() if label not in self.models}
-        self.models |= new
-        for file in target.files:
-            if file.label in new:
-                self.files[file.label, file.shard] = self.tracer.next_file()
-                self._add_file(file.label, file.shard, file.device, file.inode)
-        if new:
+        """Take in the target's models and where they are mapped; called again when that changed.
+
+        Raises:
+            LlmtracedError: there is no room for a model; the others are taken in.
+        """
+        before, failure = len(self.models), None
+        for label in [n for n in target.models if n not in self.models and n not in self._refused]:
+            try:
+                self._add_model(label, target)
+            except LlmtracedError as error:
+                self._refused.add(label)
+                failure = failure or error
+        if len(self.models) > before:
             self.resolver = Resolver(self.models, self.files)
             self.rows = RowMaker(self.resolver)
             self._by_name: dict[str, list[int]] = {}
             for number, name in enumerate(self.resolver.names):
                 self._by_name.setdefault(name, []).append(number)
         ranges = sorted(
-            (m.start, m.end, m.offset, self.files[f.label, f.shard]) for f in target.files for m in f.mappings
+            (m.start, m.end, m.offset, self.files[f.label, f.shard])
+            for f in target.files
+            for m in f.mappings
+            if f.label in self.models
         )
         if ranges != self._ranges:
-            self._ranges = ranges
             self.tracer.set_ranges(self.slot, ranges)
+            self._ranges = ranges
+        if failure:
+            raise failure
+
+    def _add_model(self, label: str, target: Target) -> None:
+        self.models[label] = target.models[label]
+        added = []
+        try:
+            for file in (f for f in target.files if f.label == label):
+                self.files[label, file.shard] = self.tracer.next_file()
+                self._add_file(label, file.shard, file.device, file.inode)
+                added.append(self.files[label, file.shard])
+        except BaseException:
+            del self.models[label]
+            self.files = {key: number for key, number in self.files.items() if key[0] != label}
+            for number in added:
+                self.tracer.remove_file(number)
+            raise
 
     def _add_file(self, label: str, shard: int, device: int, inode: int) -> None:
         model, number = self.models[label], self.files[label, shard]
@@ -144,7 +187,13 @@ class Session:
         experts = self._experts
         for target in scan([self.target.pid]):
             self.target = target
-            self._register(target)
+            try:
+                self._register(target)
+            except LlmtracedError as error:
+                if str(error) not in self._warned:
+                    log.warning("process %d: %s", target.pid, error)
+                    self.problems.append(str(error))
+                self._warned.add(str(error))
             self.writer.describe(session_metadata(target, self.detail))
         if not self.clocked or experts != self._experts:
             self.set_detail(self.detail)
@@ -156,6 +205,7 @@ class Session:
     def set_detail(self, detail: Detail) -> None:
         """Turn the dial."""
         self.detail = detail
+        self.writer.describe({"detail": detail.name.lower()})
         if "ggml_graph_compute" not in self.target.symbols and not self.target.mapped_bytes:
             return  # still loading its libraries
         lost = self.tracer.set_detail(self.slot, detail, self.target.symbols, experts=self._experts)
@@ -226,6 +276,7 @@ class Session:
 
     def take(self, events: NDArray[Any]) -> None:
         """Take records of this process."""
+        self._records += len(events)
         kinds = events["kind"]
         marks = events[kinds == Kind.TOKEN]
         if len(marks):
@@ -251,6 +302,11 @@ class Session:
         """Records taken and not yet given to the writer."""
         return sum(len(batch) for epoch in self._epochs.values() for batch in epoch.events)
 
+    @property
+    def load(self) -> Load:
+        """What it has cost so far."""
+        return Load(self._records, self._dropped)
+
     def settled(self, number: int) -> bool:
         """Tell whether all of an ended epoch's records are here."""
         kernel = self.tracer.account(self.slot, number)
@@ -268,14 +324,28 @@ class Session:
                 "delivered": int(epoch.delivered[probe]),
                 "dropped": int(kernel["dropped"][probe]),
             }
+            self._dropped += cell["dropped"]
             if any(cell.values()):
                 account[probe.name.lower()] = cell
         return join(epoch.events), account
 
     # --- files (the writer's thread) -------------------------------------------------------------------------------
 
+    def lose(self, account: Account, why: str) -> None:
+        """Do not write an interval (see :meth:`ledger.Ledger.lose`)."""
+        self.ledger.lose(account, why)
+
     def write(self, events: NDArray[Any], account: Account, *, last: bool) -> None:
-        """Write an epoch's files. A table that cannot be written is logged and in :attr:`write_error`."""
+        """Write an epoch's files; :attr:`write_error` says what could not be written."""
+        try:
+            tables = self._tables(events, account, last=last) if self.ledger.ready() else []
+        except BaseException as error:
+            self.lose(account, f"its rows cannot be made: {error!r}")
+            raise
+        self.ledger.write(tables, account)
+
+    def _tables(self, events: NDArray[Any], account: Account, *, last: bool) -> list[tuple[str, pa.Table]]:
+        """Return the tables that have rows or something to account for."""
         kinds = events["kind"]
 
         def of(*wanted: Kind) -> NDArray[Any]:
@@ -290,27 +360,13 @@ class Session:
             Probe.ROUTING: self.rows.routing,
         }
         # Each table costs some milliseconds even when it is empty: only those with something to say are made.
-        tables = [(p, make(of(*_PROBE_OF[p]))) for p, make in makers.items() if p.name.lower() in account]
-        failure: str | None = None
+        speak = account.keys() | self.ledger.owed()
+        tables = [(name, make(of(*_PROBE_OF[p]))) for p, make in makers.items() if (name := p.name.lower()) in speak]
         tokens = self._book.add(events, dict(self._batch_sizes))
         if last:
             tokens = pa.concat_tables([tokens, self._book.close(clock.monotonic_ns())])
-        if tokens.num_rows or Probe.TOKENS.name.lower() in account:
-            tables.append((Probe.TOKENS, tokens))
-        for probe, table in tables:
-            name = probe.name.lower()
-            cell = account.get(name)
-            try:
-                self.writer.write(name, table, name, {name: cell} if cell else {})
-            except LlmtracedError as error:
-                if self.write_error is None and failure is None:
-                    log.error("%s; recording pauses, metrics go on", error)
-                failure = str(error)
-                continue
-            total = self.account.setdefault(name, {"counted": 0, "delivered": 0, "dropped": 0})
-            for key, value in (cell or {}).items():
-                total[key] += value
-        self.write_error = failure
+        name = Probe.TOKENS.name.lower()
+        return [*tables, (name, tokens)] if tokens.num_rows or name in speak else tables
 
     def write_tensors(self) -> None:
         """Write, or write again, the table of tensors."""
@@ -340,6 +396,7 @@ class Session:
             schema=schema,
         )
         self.writer.rewrite("tensors", table)
+        self.described = True
 
 
 def session_metadata(target: Target, detail: Detail) -> dict[str, Any]:

@@ -7,6 +7,7 @@ process that dies loses what it had not yet flushed and nothing more. docs/trace
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from inspect import signature
@@ -19,13 +20,16 @@ import pyarrow.parquet as pq
 from llmtraced.errors import LlmtracedError
 from llmtraced.schema import SCHEMA_VERSION, TABLES
 
-__all__ = ["METADATA_KEY", "ROW_GROUP", "TraceWriter", "clean_leftovers"]
+__all__ = ["METADATA_KEY", "ROOM", "ROW_GROUP", "TraceWriter", "clean_leftovers"]
 
 METADATA_KEY: Final = b"llmtraced"
 """Key of the footer's metadata: one JSON object."""
 
 ROW_GROUP: Final = 128 * 1024
 """Rows in a row group."""
+
+ROOM: Final = 16 << 20
+"""Bytes that must be free before recording goes on where a disk has been full: a busy interval's files."""
 
 # Encodings by what the values are like (docs/benchmarks.md has what each saved): numbers whose bytes are alike by
 # position; a handful of values that return in no order; and, all other integers, values that rise in small steps.
@@ -78,6 +82,22 @@ class TraceWriter:
         self.bytes: dict[str, int] = dict.fromkeys(TABLES, 0)
         self._metadata = {"schema_version": SCHEMA_VERSION, "session": session, **metadata}
         self._sequence: dict[str, int] = dict.fromkeys(TABLES, 0)
+
+    def obstacle(self) -> str:
+        """Return why a file would not be written now; empty: nothing is in the way that can be seen without trying."""
+        if self.folder is None:
+            return ""
+        trial = self.folder / f".tmp-{self.session}.parquet"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = os.statvfs(self.folder)
+            if free.f_bavail * free.f_frsize < ROOM:
+                return f"cannot write below {self.folder}: {free.f_bavail * free.f_frsize} bytes are free of {ROOM}"
+            trial.touch()
+            trial.unlink()
+        except OSError as error:
+            return f"cannot write below {self.folder}: {error.strerror or error}"
+        return ""
 
     def describe(self, metadata: Mapping[str, Any]) -> None:
         """Have the files from now on say this about the session."""

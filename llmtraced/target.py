@@ -318,7 +318,8 @@ def _take_models(target: Target, paths: Sequence[str], mapped: Sequence[Mapping]
             continue
         label = model.shards[0].path.name
         if path.startswith("/proc/") and "/map_files/" in path:  # deleted or replaced: only the mapping has it now
-            label = next(os.path.basename(m.path) for m in mapped if reachable(target.pid, m) == path)
+            names = (os.path.basename(m.path) for m in mapped if reachable(target.pid, m) == path)
+            label = next(names, label)
         label = printable(label, 255)  # file names are bytes; a label is text
         while label in target.models:
             label += "'"

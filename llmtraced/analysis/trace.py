@@ -160,6 +160,12 @@ def open_trace(path: str | Path, session: str | None = None) -> Trace:
                 f"{printable(str(file.meta.get('tool_version', '?')))}; this is llmtraced {__version__}, which reads "
                 f"formats up to {SCHEMA_VERSION}: upgrade it with `pip install --upgrade llmtraced`"
             )
+    seconds = files[-1].meta.get("flush_seconds")
+    if seconds is not None and not any(file.meta.get("ended_ns") for file in files):
+        notes.append(
+            f"the recording has not been ended: it still runs, or was killed, and then up to {seconds:g} s are missing "
+            "at its end"
+        )
     by_table: dict[str, list[_File]] = {name: [] for name in TABLES}
     for file in files:
         by_table[file.table].append(file)

@@ -137,6 +137,7 @@ def _obey(capture: Capture, pid: int, words: list[str]) -> dict[str, Any]:
     if session is None:
         return {}
     capture.recorder.remove(session)
+    capture.recorder.wait()
     capture.tracer.detach()
     capture.session = None
     return {"account": session.account, "bytes": sum(session.writer.bytes.values())}

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from llmtraced.values import duration, size
 
 log = logging.getLogger(__name__)
 
-_CHANGES = ("trace", "listen", "detail", "flush", "scan", "ring", "tensors")
+_CHANGES = ("trace", "listen", "detail", "flush", "scan", "ring", "tensors", "keep_age", "keep_size", "cpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scan", type=duration, metavar="S", help="seconds between looks for new servers (2s)")
     parser.add_argument("--ring", type=size, metavar="SIZE", help="event buffer, a power of two (16M)")
     parser.add_argument("--tensors", type=int, metavar="N", help="most tensors to export one by one (2000)")
+    parser.add_argument("--keep-age", type=duration, metavar="S", help="delete older traces; 0: never (30d)")
+    parser.add_argument("--keep-size", type=size, metavar="SIZE", help="delete the oldest beyond this; 0: never (20G)")
+    parser.add_argument(
+        "--cpu",
+        type=float,
+        metavar="X",
+        help="record less where this much of a processor is not enough; 0: never (0.5)",
+    )
     parser.add_argument("--json", action="store_true", help="say on stdout what happens, a JSON object a line")
     parser.add_argument("--check-config", action="store_true", help="read the configuration, print it, and end")
 
@@ -51,7 +61,11 @@ def run(args: argparse.Namespace) -> int:
     from llmtraced.daemon import Daemon
 
     def say(event: dict[str, Any]) -> None:
-        print(json.dumps(event), flush=True)
+        try:
+            print(json.dumps(event), flush=True)
+        except OSError as error:  # whoever listened has gone, or its disk is full: no reason to stop
+            log.warning("nobody hears what is said on stdout any more: %s", error.strerror)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="write into a folder that has a trace already")
     parser.add_argument(
         "--detail",
-        choices=[d.name.lower() for d in Detail],
+        choices=[d.name.lower() for d in Detail if d >= Detail.FAULTS],
         default="faults",
         help="faults: faults, page cache and tokens (default); ops: and matrix multiplications and the experts "
         "chosen; full: and every operator",

@@ -7,7 +7,7 @@ from llmtraced.probes import kernel
 from llmtraced.probes.loader import Programs
 from llmtraced.probes.points import Kprobe, SoftwareEvent, Tracepoint
 
-__all__ = ["attach_point", "program"]
+__all__ = ["attach_point", "open_on_cpu", "program"]
 
 
 def program(programs: Programs, name: str) -> int:
@@ -21,8 +21,10 @@ def program(programs: Programs, name: str) -> int:
     return programs.programs[name]
 
 
-def attach_point(point: Tracepoint | SoftwareEvent, programs: Programs) -> tuple[str, list[int]]:
+def attach_point(point: Tracepoint | SoftwareEvent, programs: Programs) -> tuple[str, dict[int, int]]:
     """Return what was attached, ``point`` or what there is otherwise, and its descriptors; closing those detaches it.
+
+    They come by CPU for a software event; what is attached to all CPUs at once has the key -1.
 
     Raises:
         LlmtracedError: neither can be attached.
@@ -39,10 +41,19 @@ def attach_point(point: Tracepoint | SoftwareEvent, programs: Programs) -> tuple
             raise LlmtracedError(f"{error}; {second}", error.exit_code) from second
 
 
-def _attach(point: Tracepoint | SoftwareEvent | Kprobe, programs: Programs) -> list[int]:
+def _attach(point: Tracepoint | SoftwareEvent | Kprobe, programs: Programs) -> dict[int, int]:
     loaded, what = program(programs, point.program), str(point)
     if isinstance(point, Tracepoint):
-        return [kernel.open_tracepoint(point.name, loaded, what, typed=point.typed)]
+        return {-1: kernel.open_tracepoint(point.name, loaded, what, typed=point.typed)}
     if isinstance(point, Kprobe):
-        return [kernel.open_kprobe(point.name, loaded, what)]
-    return [kernel.open_software_event(point.config, cpu, loaded, what) for cpu in kernel.online_cpus()]
+        return {-1: kernel.open_kprobe(point.name, loaded, what)}
+    return {cpu: open_on_cpu(point, programs, cpu) for cpu in kernel.online_cpus()}
+
+
+def open_on_cpu(point: SoftwareEvent, programs: Programs, cpu: int) -> int:
+    """Attach to a software event of one CPU and return its descriptor.
+
+    Raises:
+        LlmtracedError: it cannot be attached.
+    """
+    return kernel.open_software_event(point.config, cpu, program(programs, point.program), str(point))

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
 from llmtraced.probes import KERNEL_POINTS, MATRICES, PROCESS_POINTS, kernel, loader
-from llmtraced.probes.attach import attach_point, program
-from llmtraced.probes.points import Uprobe
+from llmtraced.probes.attach import attach_point, open_on_cpu, program
+from llmtraced.probes.points import SoftwareEvent, Uprobe
 from llmtraced.probes.ringbuf import Ring
 from llmtraced.probes.shared import ACCOUNT, BOUND, CONFIG, COUNTER, FILE, OP, RANGE, SLOT, op_events
 from llmtraced.resolve import Extents
@@ -88,6 +88,7 @@ class Tracer:
         shape = (self._cpus, SLOTS, EPOCHS, len(Probe))
         self._accounts = kernel.map_array(maps["accounts"], ACCOUNT, int(np.prod(shape))).reshape(shape)
         self._kernel_fds: list[int] = []
+        self._cpu_fds: dict[int, list[int]] = {}
         self._process_fds: dict[int, dict[str, int]] = {}
         self._uprobes: dict[int, dict[str, Symbol]] = {}
         self._slot_pids: dict[int, int] = {}
@@ -123,10 +124,42 @@ class Tracer:
                 log.warning("%s; %s", error, point.lost)
             else:
                 self.attached.append(name)
-                self._kernel_fds += fds
+                if isinstance(point, SoftwareEvent):
+                    for cpu, fd in fds.items():
+                        self._cpu_fds.setdefault(cpu, []).append(fd)
+                else:
+                    self._kernel_fds += fds.values()
+
+    def follow_cpus(self) -> None:
+        """Attach to CPUs that have come online: a software event is one CPU's, and ends when that goes offline."""
+        online = set(kernel.online_cpus())
+        if not self._kernel_fds or online == self._cpu_fds.keys():
+            return
+        for cpu in self._cpu_fds.keys() - online:
+            for fd in self._cpu_fds.pop(cpu):
+                os.close(fd)
+            log.warning("CPU %d has gone offline", cpu)
+        for cpu in sorted(online - self._cpu_fds.keys()):
+            fds: list[int] = []
+            try:
+                fds.extend(
+                    open_on_cpu(point, self.programs, cpu)
+                    for point in KERNEL_POINTS
+                    if isinstance(point, SoftwareEvent)
+                )
+            except LlmtracedError as error:  # it has gone again
+                log.warning("CPU %d: %s", cpu, error)
+                for fd in fds:
+                    os.close(fd)
+                continue
+            self._cpu_fds[cpu] = fds
+            log.info("CPU %d has come online", cpu)
 
     def detach(self) -> None:
         """Detach from everything; what is in the ring can still be read."""
+        for fd in (fd for fds in self._cpu_fds.values() for fd in fds):
+            os.close(fd)
+        self._cpu_fds.clear()
         for fd in [*self._kernel_fds, *(fd for fds in self._process_fds.values() for fd in fds.values())]:
             os.close(fd)
         self._kernel_fds.clear()
@@ -151,6 +184,7 @@ class Tracer:
         self._accounts[:, slot] = np.zeros(1, ACCOUNT)
         self.slots["epoch"][slot] = self._epoch
         self.slots["phase"][slot] = int(phase)
+        self.slots["detail"][slot] = int(Detail.FAULTS)
         self.slots["process"][slot] = pid
         self._slot_pids[slot] = pid
         self._process_fds[slot] = {}
@@ -204,7 +238,7 @@ class Tracer:
         Returns:
             What is lost for want of symbols or permission, a sentence each; empty if all could be attached.
         """
-        wanted = [p for p in PROCESS_POINTS if p.detail <= detail]
+        wanted = [p for p in PROCESS_POINTS if p.detail <= max(detail, Detail.FAULTS)]
         matrices = None
         if detail == MATRICES.detail and not experts:
             matrices = self._attach_matrices(slot, symbols)
@@ -327,9 +361,10 @@ class Tracer:
         """
         n_bytes, n_pages = len(extents.byte_starts), len(extents.page_starts)
         words = -(-size // PAGE // 64) + 1
-        bounds, seen = self._bound_space.take(n_bytes + n_pages), self._seen_space.take(words)
+        bounds = self._bound_space.take(n_bytes + n_pages)
         if bounds is None:
             raise LlmtracedError(f"no room for {n_bytes + n_pages} more extents of {self.sizes.bounds}", UNSUPPORTED)
+        seen = self._seen_space.take(words)
         self._bounds[bounds : bounds + n_bytes] = extents.byte_starts
         self._bounds[bounds + n_bytes : bounds + n_bytes + n_pages] = extents.page_starts
         self._counters[bounds : bounds + n_bytes + n_pages] = np.zeros(1, COUNTER)

@@ -24,6 +24,7 @@ from typing import Any, Self
 import pytest
 from helpers import EMULATED, need, wait_until
 from prometheus_client.parser import text_string_to_metric_families
+from running import asking
 
 from llmtraced.bench import models
 from llmtraced.bench.engine import Server
@@ -104,32 +105,6 @@ class Sidecar:
         assert self.child.returncode == 0, self.said()
         answer: dict[str, Any] = json.loads(out)
         return answer
-
-
-@contextlib.contextmanager
-def asking(server: Server, expected: str = "") -> Iterator[list[str]]:
-    """Have the server generate all the time; yield the answers so far. Each must be ``expected``, where given."""
-    answers: list[str] = []
-    problems: list[BaseException] = []
-    over = threading.Event()
-
-    def ask() -> None:
-        try:
-            while not over.is_set():
-                answers.append(server.completion(PROMPT, TOKENS)["content"])
-        except BaseException as error:
-            problems.append(error)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield answers
-    finally:
-        over.set()
-        thread.join()
-    assert not problems, problems
-    if expected:
-        assert set(answers) == {expected}
 
 
 def read_bytes(pid: int) -> int:

@@ -132,7 +132,7 @@ def test_major_faults_and_adds_are_exact_ten_times_of_ten(model: Path, attempt: 
         for cell in accounts(trace, name):
             assert cell["counted"] == cell["delivered"] + cell["dropped"]
     assert account["faults"]["counted"] == COUNT
-    assert session.write_error is None
+    assert not session.write_error
 
 
 def test_the_cgroup_counts_the_same(model: Path, tmp_path: Path) -> None:

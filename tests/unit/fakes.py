@@ -85,6 +85,7 @@ class FakeTracer:
         self.detail: dict[int, Detail] = {}
         self.lost: list[str] = []
         self.removed: list[int] = []
+        self.files_removed: list[int] = []
         self.freed: list[int] = []
         self.epoch = 0
         self.unplaced = 3
@@ -112,6 +113,9 @@ class FakeTracer:
         self.extents[number] = extents
         self.totals[number] = np.zeros(len(extents.byte_starts), COUNTER), np.zeros(len(extents.page_starts), COUNTER)
 
+    def remove_file(self, number: int) -> None:
+        self.files_removed.append(number)
+
     def counters(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
         return self.totals[number]
 
@@ -132,6 +136,9 @@ class FakeTracer:
         before, self.epoch = self.epoch, (self.epoch + 1) % EPOCHS
         self.accounts[:, self.epoch] = 0
         return before
+
+    def follow_cpus(self) -> None:
+        pass
 
     def flush(self) -> None:
         self.flushes += 1

@@ -32,7 +32,7 @@ def test_the_newest_form_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     opened, calls = open_as(7)
     monkeypatch.setattr(kernel, "open_tracepoint", opened)
     monkeypatch.setattr(kernel, "open_kprobe", refuse)
-    assert attach.attach_point(NEW, programs(**LOADED)) == ("tracepoint mm_new", [7])
+    assert attach.attach_point(NEW, programs(**LOADED)) == ("tracepoint mm_new", {-1: 7})
     assert calls == [("mm_new", 11)]
 
 
@@ -42,7 +42,7 @@ def test_the_older_form_takes_its_place(monkeypatch: pytest.MonkeyPatch, lost: s
     monkeypatch.setattr(kernel, "open_tracepoint", refuse)
     monkeypatch.setattr(kernel, "open_kprobe", opened)
     loaded = programs(**LOADED) if lost == "point" else programs(on_call=12)
-    assert attach.attach_point(NEW, loaded) == ("kprobe old_read", [8])
+    assert attach.attach_point(NEW, loaded) == ("kprobe old_read", {-1: 8})
     assert calls == [("old_read", 12)]
 
 
@@ -63,4 +63,4 @@ def test_a_software_event_is_attached_on_each_processor(monkeypatch: pytest.Monk
     monkeypatch.setattr(kernel, "online_cpus", lambda: [0, 2])
     monkeypatch.setattr(kernel, "open_software_event", lambda config, cpu, program, what: 100 + cpu)
     name, fds = attach.attach_point(SoftwareEvent("on_fault", "page-faults-min", 5, ""), programs(**LOADED))
-    assert (name, fds) == ("software event page-faults-min", [100, 102])
+    assert (name, fds) == ("software event page-faults-min", {0: 100, 2: 102})

@@ -33,10 +33,11 @@ def test_defaults() -> None:
 def test_every_key_can_be_set(tmp_path: Path) -> None:
     path = write(
         tmp_path,
-        'trace = "/t"\nlisten = "[::1]:80"\ndetail = "full"\nflush = 1\nscan = 0.5\nring = 65536\ntensors = 0\n',
+        'trace = "/t"\nlisten = "[::1]:80"\ndetail = "full"\nflush = 1\nscan = 0.5\nring = 65536\ntensors = 0\n'
+        "keep_age = 5\nkeep_size = 0\ncpu = 1\n",
     )
     config = read_config(path)
-    assert config == Config("/t", "[::1]:80", "full", 1, 0.5, 65536, 0)
+    assert config == Config("/t", "[::1]:80", "full", 1, 0.5, 65536, 0, 5, 0, 1)
     assert config.address == ("::1", 80)
     text = path.read_text()
     assert [f.name for f in dataclasses.fields(Config) if f.name not in text] == [], "a new key belongs into this test"
@@ -45,6 +46,8 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
 def test_human_sizes_and_durations(tmp_path: Path) -> None:
     config = read_config(write(tmp_path, 'ring = "32M"\nflush = "500ms"\nscan = "1m"\n'))
     assert (config.ring, config.flush, config.scan) == (32 << 20, 0.5, 60)
+    config = read_config(write(tmp_path, 'keep_age = "7d"\nkeep_size = "1.5G"\n'))
+    assert (config.keep_age, config.keep_size) == (7 * 86_400, 3 << 29)
 
 
 def test_flags_override_the_file(tmp_path: Path) -> None:
@@ -87,8 +90,8 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, text: str, where: st
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"detail": "most"}, "detail: 'most' is none of faults, ops, full"),
-        ({"detail": ""}, "none of faults, ops, full"),
+        ({"detail": "most"}, "detail: 'most' is none of totals, faults, ops, full"),
+        ({"detail": ""}, "none of totals, faults, ops, full"),
         ({"listen": "9477"}, "is not address:port"),
         ({"listen": "localhost:"}, "is not address:port"),
         ({"listen": "localhost:http"}, "is not address:port"),
@@ -98,6 +101,9 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, text: str, where: st
         ({"scan": -1.0}, "scan: must be at least 0.1"),
         ({"flush": float("nan")}, "flush: must be at least 0.1"),
         ({"tensors": -1}, "tensors: must be at least 0"),
+        ({"keep_age": -1.0}, "keep_age: must be at least 0"),
+        ({"keep_size": -1}, "keep_size: must be at least 0"),
+        ({"cpu": float("nan")}, "cpu: must be at least 0"),
         ({"ring": 100_000}, "ring: must be a power of two"),
         ({"ring": 32768}, "ring: must be a power of two of at least 64K"),
     ],

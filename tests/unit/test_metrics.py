@@ -174,6 +174,10 @@ def test_exposition(recorder: Recorder) -> None:
     assert value(found, "llmtraced_model_bytes", **main) == 5 * PAGE + 100
     assert value(found, "llmtraced_mapped_bytes", pid=main["pid"]) == 6 * PAGE
     assert value(found, "llmtraced_problems", pid=main["pid"]) == 1
+    assert value(found, "llmtraced_detail", pid=main["pid"]) == Detail.FAULTS
+    assert value(found, "llmtraced_recording_paused") == 0
+    session.lose({}, "no room")
+    assert value(scrape(recorder), "llmtraced_recording_paused") == 1
     own = {
         "llmtraced_records_total": 77,
         "llmtraced_unplaced_pages_total": 3,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,14 @@ from fakes import FakeTracer, event, events, model, pages, target, tensor
 
 from llmtraced import recorder as module
 from llmtraced import session as session_module
+from llmtraced import store as store_module
+from llmtraced.analysis.trace import open_trace
 from llmtraced.errors import LlmtracedError
 from llmtraced.gguf_map import Model
 from llmtraced.recorder import Recorder
 from llmtraced.schema import EPOCHS, PAGE, TABLES, Detail, Kind, Phase, Probe
 from llmtraced.session import Session
-from llmtraced.store import METADATA_KEY, TraceWriter
+from llmtraced.store import METADATA_KEY, ROOM, TraceWriter
 from llmtraced.target import from_arguments
 
 FAULT = {"a": MODEL + 70, "b": 1000, "c": 70, "d": 0, "code": 1}
@@ -65,7 +69,14 @@ def counted(recorder: Recorder, slot: int, probe: Probe, n: int, dropped: int = 
 
 def flushed(recorder: Recorder) -> None:
     recorder.flush()
-    recorder._jobs.join()
+    recorder.wait()
+
+
+def removed(recorder: Recorder, session: Session) -> None:
+    recorder.remove(session)
+    recorder.wait()
+    assert recorder.ended() == [session]
+    assert recorder.ended() == []
 
 
 def files(trace: Path, table: str) -> list[tuple[int, dict[str, Any]]]:
@@ -225,7 +236,7 @@ def test_poll_flushes_when_it_is_time_or_much_has_come(
     recorder.flush_seconds = 0
     recorder.poll()
     assert tracer.epoch == 2
-    recorder._jobs.join()
+    recorder.wait()
     assert [rows for rows, _ in files(tmp_path, "faults")] == [4]
 
 
@@ -234,13 +245,24 @@ def test_removal_writes_what_is_left(recorder: Recorder, tracer: FakeTracer, tmp
     counted(recorder, 0, Probe.TOKENS, 1)
     counted(recorder, 0, Probe.FAULTS, 1)
     tracer.ring_batches.append(events(event(Kind.TOKEN, 2**40, 1, b=1, c=9), event(Kind.FAULT, 2**40 + 1, 1, **FAULT)))
-    recorder.remove(session)
+    removed(recorder, session)
     assert (tracer.removed, tracer.freed, recorder.sessions) == ([0], [0], {})
     tokens = pq.read_table(tmp_path / "tokens").to_pylist()
     assert [(t["token"], t["start_ns"], t["end_ns"], t["major_faults"]) for t in tokens][1:] == [(1, 2**40, None, 1)]
     assert tokens[0]["end_ns"] == 2**40
     assert files(tmp_path, "faults") == [(1, {"faults": cell(1, 1, 0)})]
     assert pq.read_table(tmp_path / "tensors").num_rows == 1
+
+
+def test_a_recording_that_was_not_ended_is_told_from_one_that_was(recorder: Recorder, tmp_path: Path) -> None:
+    session = add(recorder, tmp_path)
+    fault(recorder)
+    flushed(recorder)
+    (note,) = open_trace(tmp_path).notes
+    assert "has not been ended" in note
+    assert "up to 3600 s are missing" in note
+    removed(recorder, session)
+    assert open_trace(tmp_path).notes == ()
 
 
 def test_close_ends_all_sessions(tracer: FakeTracer, tmp_path: Path) -> None:
@@ -255,25 +277,144 @@ def test_close_ends_all_sessions(tracer: FakeTracer, tmp_path: Path) -> None:
 # --- what fails ---------------------------------------------------------------------------------------------------
 
 
+def fault(recorder: Recorder, n: int = 1) -> None:
+    """Let ``n`` faults happen in the current epoch."""
+    tracer: FakeTracer = recorder.tracer  # type: ignore[assignment]
+    counted(recorder, 0, Probe.FAULTS, n)
+    tracer.ring_batches.append(events(*[event(Kind.FAULT, 1, epoch=tracer.epoch, **FAULT)] * n))
+
+
+def full(*_args: object, **_options: object) -> None:
+    raise LlmtracedError("cannot write: No space left on device")
+
+
 def test_a_disk_that_is_full_is_counted_and_recording_goes_on(
-    recorder: Recorder, tracer: FakeTracer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("WARNING")
     session = add(recorder, tmp_path)
-
-    def full(*_args: object, **_options: object) -> None:
-        raise LlmtracedError("cannot write: No space left on device")
-
-    for fails in (True, False):
-        counted(recorder, 0, Probe.FAULTS, 1)
-        tracer.ring_batches.append(events(event(Kind.FAULT, 1, epoch=tracer.epoch, **FAULT)))
+    recorder.wait()
+    for n, fails in ((3, True), (4, True), (5, False), (2, False)):
+        fault(recorder, n)
         with monkeypatch.context() as patch:
             if fails:
                 patch.setattr(session.writer, "write", full)
             flushed(recorder)
-        assert (session.write_error is not None) == fails
-        assert recorder.write_errors == 1
-    assert session.account == {"faults": cell(1, 1, 0)}, "of what is on disk"
-    assert len(files(tmp_path, "faults")) == 1
+        assert (bool(session.write_error), recorder.paused) == (fails, fails)
+    assert recorder.write_errors == 2
+    assert session.account == {"faults": cell(14, 7, 7)}
+    assert files(tmp_path, "faults") == [(5, {"faults": cell(12, 5, 7)}), (2, {"faults": cell(2, 2, 0)})]
+    assert [r.message.partition(": ")[2] for r in caplog.records] == [
+        "cannot write: No space left on device; recording pauses, metrics go on",
+        "recording goes on; what was missed counts as dropped",
+    ]
+
+
+def test_nothing_is_tried_while_there_is_no_room(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = add(recorder, tmp_path)
+    flushed(recorder)
+    with monkeypatch.context() as patch:
+        patch.setattr(session.writer, "write", full)
+        fault(recorder)
+        flushed(recorder)
+    tried: list[str] = []
+    real = session.writer.write
+    monkeypatch.setattr(session.writer, "write", lambda name, *rest: (tried.append(name), real(name, *rest)))
+    free = os.statvfs(tmp_path)
+    scarce = SimpleNamespace(f_bavail=(ROOM - 1) // free.f_frsize, f_frsize=free.f_frsize)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module.os, "statvfs", lambda _path: scarce)
+        fault(recorder)
+        flushed(recorder)
+    assert not tried
+    assert recorder.paused
+    assert "bytes are free" in session.paused
+    fault(recorder)
+    flushed(recorder)
+    assert tried == ["faults"]
+    assert files(tmp_path, "faults") == [(1, {"faults": cell(3, 1, 2)})]
+    assert {p.name for p in tmp_path.iterdir()} == {"tensors", "faults"}, "no trial is left"
+
+
+def test_a_loss_is_told_though_nothing_of_the_kind_comes_after_it(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = add(recorder, tmp_path)
+    flushed(recorder)
+    with monkeypatch.context() as patch:
+        patch.setattr(session.writer, "write", full)
+        fault(recorder, 3)
+        flushed(recorder)
+    removed(recorder, session)
+    assert files(tmp_path, "faults") == [(0, {"faults": cell(3, 0, 3)})]
+
+
+def test_what_is_lost_twice_is_counted_once(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss is carried into a file that cannot be written either."""
+    session = add(recorder, tmp_path)
+    flushed(recorder)
+    monkeypatch.setattr(session.writer, "obstacle", lambda: "")
+    with monkeypatch.context() as patch:
+        patch.setattr(session.writer, "write", full)
+        for n in (1, 2):
+            fault(recorder, n)
+            flushed(recorder)
+    assert session.account == {"faults": cell(3, 0, 3)}
+    flushed(recorder)
+    removed(recorder, session)
+    assert session.account == {"faults": cell(3, 0, 3)}
+    assert [account for _, account in files(tmp_path, "faults")] == [{"faults": cell(3, 0, 3)}]
+
+
+def test_a_disk_that_hangs_stops_nobody_but_the_writer(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Records that wait are bounded, what is too much is lost and counted, and sessions come and go."""
+    one = 1000
+    monkeypatch.setattr(module, "_QUEUED_BYTES", 2 * one * 64)
+    session = add(recorder, tmp_path, pid=7)
+    flushed(recorder)
+    going = threading.Event()
+    real = session.writer.write
+    monkeypatch.setattr(session.writer, "write", lambda *args: (going.wait(30), real(*args)))
+    for _ in range(9):
+        fault(recorder, one)
+        recorder.flush()
+    assert recorder._queued == 3 * one * 64
+    assert recorder.paused
+    other = add(recorder, tmp_path, "other", pid=8)
+    recorder.remove(session)
+    assert recorder.ended() == []
+    assert recorder.sessions == {other.slot: other}
+    going.set()
+    recorder.wait()
+    assert recorder.ended() == [session]
+    assert recorder._queued == 0
+    assert [rows for rows, _ in files(tmp_path, "faults")] == [one] * 3
+    sums = [account["faults"] for _, account in files(tmp_path, "faults")]
+    assert all(c["counted"] == c["delivered"] + c["dropped"] for c in sums)
+    assert sum(c["counted"] for c in sums) == 9 * one
+    assert session.account == {"faults": cell(9 * one, 3 * one, 6 * one)}
+    assert caplog.text.count("the disk does not keep up; recording pauses") == 1
+
+
+def test_tensors_are_written_when_there_is_room_again(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(TraceWriter, "write", full)
+        session = add(recorder, tmp_path)
+        recorder.wait()
+    assert not session.described
+    assert recorder.write_errors == 1
+    fault(recorder)
+    flushed(recorder)
+    assert session.described
+    assert len(list((tmp_path / "tensors").iterdir())) == 1
 
 
 def test_one_table_that_cannot_be_written_is_an_error_though_another_can(
@@ -300,7 +441,7 @@ def test_a_mistake_in_one_interval_does_not_end_the_writer(
             if fails:
                 patch.setattr(session.rows, "faults", lambda _events: 1 // 0)
             flushed(recorder)
-    assert len(files(tmp_path, "faults")) == 1
+    assert files(tmp_path, "faults") == [(1, {"faults": cell(2, 1, 1)})]
 
 
 def test_a_process_that_cannot_be_traced_takes_no_slot(
@@ -315,12 +456,38 @@ def test_a_process_that_cannot_be_traced_takes_no_slot(
     assert (tracer.removed, tracer.freed) == ([0], [0])
 
 
+def test_a_model_that_finds_no_room_later_leaves_the_others(
+    recorder: Recorder, tracer: FakeTracer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = add(recorder, None)
+    shards = model([tensor("b", 0, 100), tensor("c", 0, 100, shard=1)], 2, "large.gguf")
+    more = target({"m.gguf": SIMPLE, "large.gguf": shards, "small.gguf": SIMPLE}, base=MODEL)
+    real, free = tracer.add_file, iter((True, False, True))
+
+    def add_file(*args: Any) -> None:
+        if not next(free):
+            raise LlmtracedError("no room for 9 more extents")
+        real(*args)
+
+    monkeypatch.setattr(tracer, "add_file", add_file)
+    monkeypatch.setattr(session_module, "scan", lambda _pids: [more])
+    for text in (b"one", b"two"):
+        monkeypatch.setattr(session_module, "maps_text", lambda _pid, text=text: text)
+        session.refresh()
+    assert set(session.models) == {"m.gguf", "small.gguf"}
+    assert tracer.files_removed == [1]
+    assert len(tracer.window[0]) == 2
+    assert session.problems == ["no room for 9 more extents"]
+    assert caplog.text.count("no room") == 1
+
+
 def test_a_file_name_that_is_not_utf8(recorder: Recorder, tmp_path: Path, small_model: Path) -> None:
     path = tmp_path / os.fsdecode(b"\xff.gguf")
     path.symlink_to(small_model)
     found = from_arguments(os.getpid(), ["llama-server", "-m", str(path)])
     assert found is not None
     recorder.add(found, TraceWriter(tmp_path / "trace", "s", {}), Detail.FAULTS, Phase.UNKNOWN)
+    recorder.wait()
     assert set(pq.read_table(tmp_path / "trace" / "tensors")["model"].to_pylist()) == {"\\udcff.gguf"}
 
 
@@ -355,7 +522,7 @@ def test_a_graph_gives_layout_weights_and_sizes(
     counted(recorder, 0, Probe.OPS, 2)
     operators = [event(Kind.OP, 150, 1, a=q, b=0, c=5, d=29), event(Kind.OP, 160, 1, a=1, b=q, c=5, d=31)]
     tracer.ring_batches.append(events(mark(graph, 1), *operators))
-    recorder.remove(session)
+    removed(recorder, session)
     slot = tracer.slots[0]
     assert (slot["layout"], slot["tensor_name"], slot["op_mul_mat"], slot["op_mul_mat_id"]) == (1, 256, 29, 30)
     ops = pq.read_table(tmp_path / "ops").to_pylist()
@@ -446,6 +613,6 @@ def test_tables_of_a_session_have_their_schemas(recorder: Recorder, tracer: Fake
     rows = [event(kind, 9, token=1, **pages(0, 0, 1)) for kind in Kind if kind not in (Kind.FAULT, Kind.ROUTE)]
     rows += [event(Kind.FAULT, 9, 1, **FAULT), event(Kind.ROUTE, 9, 1, code=1)]
     tracer.ring_batches.append(events(*rows))
-    recorder.remove(session)
+    removed(recorder, session)
     found = {path.name: pq.read_schema(next(path.iterdir())).remove_metadata() for path in tmp_path.iterdir()}
     assert found == {name: schema for name, schema in TABLES.items() if name != "router_scores"}, "from its own probe"
