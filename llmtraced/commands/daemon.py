@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.check_config:
         print(config)
         return 0
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads would keep what this one gives up
     from llmtraced.daemon import Daemon
 
     def say(event: dict[str, Any]) -> None:
@@ -57,6 +59,6 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _frame: stop.append(received))
     log.info("compiling the probes")
-    Daemon(config, say if args.json else lambda _: None).run(lambda: bool(stop))
+    Daemon(config, say if args.json else lambda _: None, confine=True).run(lambda: bool(stop))
     log.info("stopped; everything is on disk")
     return 0

@@ -40,6 +40,7 @@ __all__ = [
     "open_uprobe_session",
     "program_misses",
     "run_on_cpu",
+    "try_bpf",
 ]
 
 _NR_PERF_EVENT_OPEN = 298
@@ -52,6 +53,7 @@ _BPF_TRACE_RAW_TP, _BPF_PERF_EVENT, _BPF_TRACE_UPROBE_SESSION = 23, 41, 57
 _PERF_TYPE_SOFTWARE = 1
 _PERF_FLAG_FD_CLOEXEC = 8
 _PERF_EVENT_IOC_ENABLE, _PERF_EVENT_IOC_SET_BPF = 0x2400, 0x40042408
+_NO_DESCRIPTOR = 0xFFFFFFFF  # -1 in the u32 that the system call reads
 _PERF_ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5
 _PMUS = Path("/sys/bus/event_source/devices")
 _UPROBE_PMU = _PMUS / "uprobe"
@@ -98,6 +100,15 @@ def map_lookup(fd: int, key: bytes, size: int) -> bytes | None:
     except FileNotFoundError:
         return None
     return v.raw
+
+
+def try_bpf() -> int:
+    """Return the errno of a bpf(2) that fails in any case: EBADF if the system call can be made."""
+    try:
+        map_lookup(_NO_DESCRIPTOR, bytes(4), 4)
+    except OSError as error:
+        return error.errno or 0
+    return 0
 
 
 def map_array(fd: int, dtype: np.dtype[Any], entries: int) -> NDArray[Any]:

@@ -2,7 +2,7 @@
 
 BCC brings LLVM, 150 MB of it, needed for seconds. So it runs in a child (this module as a program) which compiles,
 loads, sends the descriptors of the programs and maps over a socket and exits; :func:`load` in the parent keeps only
-descriptors. The child may also move into a mount namespace of its own, to show BCC headers (:mod:`llmtraced.headers`).
+descriptors.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from llmtraced import headers, schema
+from llmtraced.capabilities import can_load, held
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
 from llmtraced.ggml_layout import OPERATOR_BYTES
 from llmtraced.probes import KERNEL_POINTS, btf, kernel
 from llmtraced.probes.points import Tracepoint
 from llmtraced.probes.shared import OP_RECORDS
+from llmtraced.target import kernel_device
 
 __all__ = [
     "FILES",
@@ -86,6 +88,7 @@ _SYSCALLS_X86_64: Final = {
     "madvise": 28, "process_madvise": 440, "fadvise64": 221, "readahead": 187,
 }  # fmt: skip
 _HEADERS_TRIED: Final = 3
+_FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _ORIG_AX_OFFSET: Final = 120  # struct pt_regs, arch/x86/include/uapi/asm/ptrace.h
 _DISTRIBUTION_BCC: Final = ("/usr/lib/python3/dist-packages", "/usr/lib/python3*/site-packages")
 
@@ -174,9 +177,16 @@ def compile_flags(sizes: Sizes, cpus: int, layout: Mapping[str, int]) -> list[st
         "LT_COOKIE_METHOD": kernel.COOKIE_METHOD,
         "LT_SYSCALL_OFFSET": _ORIG_AX_OFFSET,
         **layout,
+        **_pid_namespace(),
         **{f"SYSCALL_{name}": number for name, number in _SYSCALLS_X86_64.items()},
     }
     return [f"-D{name}={value}" for name, value in defines.items()]
+
+
+def _pid_namespace(ours: Path = Path("/proc/self/ns/pid")) -> dict[str, int]:
+    """Return what the programs must know to number processes as we do; the first pid namespace is 0."""
+    device, inode = kernel_device(ours)
+    return {"LT_PIDNS_DEV": device, "LT_PIDNS_INO": 0 if inode == _FIRST_PID_NAMESPACE else inode}
 
 
 def import_bcc() -> Any:
@@ -218,8 +228,8 @@ def compile_in_child(module: str, argument: str) -> tuple[dict[str, Any], list[i
     Raises:
         LlmtracedError: no permission, or what went wrong in the (first) child.
     """
-    if os.geteuid() != 0:
-        raise LlmtracedError("loading BPF programs needs root (CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN)", NO_PERMISSION)
+    if not can_load(held()):
+        raise LlmtracedError("loading BPF programs needs root, or CAP_BPF and CAP_PERFMON", NO_PERMISSION)
     first: LlmtracedError | None = None
     for skip in range(_HEADERS_TRIED):
         try:
@@ -302,11 +312,11 @@ def _compile(sizes: Sizes) -> tuple[dict[str, int], dict[str, Any]]:
     started = time.monotonic()
     bcc = import_bcc()
     found = headers.find()
-    headers.present(found)
     types = btf.running()
     flags = compile_flags(sizes, possible_cpus(), btf.kernel_layout(types))
     try:
-        bpf = bcc.BPF(text=source(), cflags=["-Wno-macro-redefined", *flags])
+        with headers.presented(found):
+            bpf = bcc.BPF(text=source(), cflags=["-Wno-macro-redefined", *flags])
     except Exception as error:
         raise LlmtracedError(f"BCC cannot compile them ({error})", UNSUPPORTED) from error
     descriptors: dict[str, int] = {}
