@@ -11,10 +11,10 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: install ## install what is missing, trace a real server on a real model, show the answers
+demo: venv ## install what is missing, trace a real server on a real model, show the answers
 	$(AS_ROOT) $(BIN)/llmtraced demo
 
-install: system $(VENV)/.installed ## the program and its development tools, in .venv
+venv: system $(VENV)/.installed ## the program and its development tools, in .venv
 
 # BCC and kernel headers come from the distribution. Debian and Ubuntu are served here; `llmtraced check` names the
 # packages of others.
@@ -45,22 +45,22 @@ $(VENV)/.installed: pyproject.toml
 
 test: lint types unit kernel e2e ## all of it
 
-lint: install ## style, import directions, formatting of Python and BPF
+lint: venv ## style, import directions, formatting of Python and BPF
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(CLANG_FORMAT) --dry-run --Werror bpf/*
 
-types: install ## mypy, strict
+types: venv ## mypy, strict
 	$(BIN)/mypy
 
-unit: install ## no root, seconds
+unit: venv ## no root, seconds
 	$(BIN)/python -m pytest tests/unit -q
 
-kernel: install ## real probes, real faults, exact counts (root)
+kernel: venv ## real probes, real faults, exact counts (root)
 	$(AS_ROOT) $(BIN)/python -m pytest tests/kernel -q
 
-e2e: install ## a real llama-server with a real model (root)
+e2e: venv ## a real llama-server with a real model (root)
 	$(AS_ROOT) $(BIN)/python -m pytest tests/e2e -q
 
 # Another kernel, its headers and virtme-ng go into the cache and .venv; QEMU is the machine's. KERNEL=linux-image-...
@@ -74,7 +74,7 @@ GUEST_E2E := tests/e2e/test_record_server.py::test_the_experts_chosen_are_the_ex
   tests/e2e/test_prefetch.py::test_tokens_stay_the_same_and_reads_fall \
   tests/e2e/test_prefetch.py::test_a_kill_leaves_nothing_pinned
 
-test-guest: install ## what depends on the kernel, under Debian's own one in QEMU (root, half an hour)
+test-guest: venv ## what depends on the kernel, under Debian's own one in QEMU (root, half an hour)
 	@missing=""; \
 	for tool in qemu-system-x86_64:qemu-system-x86 busybox:busybox-static /sbin/depmod:kmod udevadm:udev; do \
 	  command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; done; \
@@ -84,12 +84,35 @@ test-guest: install ## what depends on the kernel, under Debian's own one in QEM
 	$(GUEST) pytest -q -k 'not uring' $(GUEST_KERNEL)
 	$(GUEST) pytest -q $(GUEST_E2E)
 
-fmt: install ## format Python and BPF sources
+fmt: venv ## format Python and BPF sources
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format .
 	$(CLANG_FORMAT) -i bpf/*
 
-bench: install ## measure this tool on this machine
+PREFIX ?= /usr/local
+DESTDIR ?=
+SYSCONFDIR ?= /etc
+PROGRAM := $(PREFIX)/lib/llmtraced
+INTO = $(DESTDIR)$(PREFIX)
+
+install: install-program install-files ## for good: program, units, manual, completion, into PREFIX (/usr/local), under DESTDIR
+	@test -n "$(DESTDIR)" || ! command -v systemd-sysusers >/dev/null || systemd-sysusers "$(PREFIX)/lib/sysusers.d/llmtraced.conf"
+	@test -n "$(DESTDIR)" || ! test -d /run/systemd/system || systemctl daemon-reload
+
+install-program:
+	$(PYTHON) -m venv "$(DESTDIR)$(PROGRAM)"
+	"$(DESTDIR)$(PROGRAM)/bin/python" -m pip install --quiet --disable-pip-version-check '.[plots,uring]'
+	@test -z "$(DESTDIR)" || sed -i "s|$(DESTDIR)$(PROGRAM)|$(PROGRAM)|g" $(DESTDIR)$(PROGRAM)/bin/[!p]* $(DESTDIR)$(PROGRAM)/bin/pip*
+
+install-files:
+	install -d "$(INTO)/bin" "$(INTO)/lib/systemd/system" "$(INTO)/lib/sysusers.d" "$(DESTDIR)$(SYSCONFDIR)"
+	ln -sf ../lib/llmtraced/bin/llmtraced "$(INTO)/bin/llmtraced"
+	for unit in systemd/*.service; do \
+	  sed 's|/usr/local|$(PREFIX)|g' "$$unit" > "$(INTO)/lib/systemd/system/$${unit##*/}" || exit 1; done
+	install -m 644 systemd/llmtraced.sysusers "$(INTO)/lib/sysusers.d/llmtraced.conf"
+	test -e "$(DESTDIR)$(SYSCONFDIR)/llmtraced.toml" || install -m 644 systemd/llmtraced.toml "$(DESTDIR)$(SYSCONFDIR)/llmtraced.toml"
+
+bench: venv ## measure this tool on this machine
 	$(AS_ROOT) $(BIN)/llmtraced bench events
 	$(AS_ROOT) $(BIN)/llmtraced bench overhead
 

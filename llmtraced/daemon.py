@@ -70,7 +70,7 @@ class Daemon:
         self.detail = Detail[config.detail.upper()]
         self.tracer = Tracer(Sizes(ring_bytes=config.ring))
         if confine:
-            _confine()
+            _confine(needs_admin=self.tracer.programs.needs_admin)
         self.recorder = Recorder(self.tracer, config.flush)
         self._sessions: dict[tuple[int, int], Session] = {}
         self._sizes: dict[int, bytes] = {}
@@ -92,7 +92,8 @@ class Daemon:
         try:
             self._listen()
             self._say({"event": "ready", "port": self.port, "compile_seconds": self.tracer.programs.compile_seconds})
-            notify("READY=1")
+            if os.environ.get("NOTIFY_SOCKET") and not notify("READY=1"):
+                log.warning("cannot notify systemd at %s", os.environ["NOTIFY_SOCKET"])
             self._tell_status()
             watchdog = Watchdog()
             while not stop():
@@ -207,10 +208,14 @@ class Daemon:
         self.tracer.close()
 
 
-def _confine() -> None:
-    """Give up all capabilities but :data:`KEPT`, and CAP_BPF only where bpf(2) can be used without."""
+def _confine(*, needs_admin: bool) -> None:
+    """Give up all capabilities but :data:`KEPT`, and what else attaching takes on this kernel.
+
+    Args:
+        needs_admin: it takes CAP_SYS_ADMIN: perf events with uprobes do, so it does before 6.6.
+    """
     had = capabilities.held()
-    keep = had & {*KEPT}
+    keep = had & {*KEPT, "CAP_SYS_ADMIN"} if needs_admin else had & {*KEPT}
     if "CAP_PERFMON" not in keep:
         return  # CAP_SYS_ADMIN stands for all, and attaching takes it
     try:
@@ -222,6 +227,8 @@ def _confine() -> None:
         log.warning("cannot give up capabilities: %s", error)
     else:
         log.info("kept of all capabilities: %s", ", ".join(sorted(keep)))
+        if any(capabilities.held(path.read_text()) - keep for path in Path("/proc/self/task").glob("*/status")):
+            log.warning("a thread of a library has kept more")
 
 
 def _partition(target: targets.Target) -> str:

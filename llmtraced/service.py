@@ -6,33 +6,28 @@ Standard library only, and no more of it than is needed: the sidecar speaks it t
 from __future__ import annotations
 
 import array
-import logging
 import os
 import time
 from collections.abc import Mapping
 
 __all__ = ["Watchdog", "notify", "store", "stored"]
 
-log = logging.getLogger(__name__)
-
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
-_MOST_FDS = 253  # SCM_MAX_FD: descriptors in one message
 
 
-def notify(state: str, fds: list[int] | None = None) -> bool:
-    """Tell systemd, with descriptors if there are any; return whether there was somebody to tell."""
+def notify(state: str, fd: int | None = None) -> bool:
+    """Tell systemd, and give it a descriptor if there is one; return whether it has been told."""
     path = os.environ.get("NOTIFY_SOCKET")
     if not path:
         return False
     import socket  # half a megabyte that a sidecar without systemd does not need
 
     address = "\0" + path[1:] if path.startswith("@") else path
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as systemd:
             systemd.sendmsg([state.encode()], rights, 0, address)
-    except OSError as error:
-        log.warning("cannot notify systemd: %s", error)
+    except OSError:
         return False
     return True
 
@@ -59,19 +54,15 @@ class Watchdog:
             notify("WATCHDOG=1")
 
 
-def store(name: str, fds: list[int]) -> bool:
-    """Have systemd keep descriptors for the service's main process, in place of those of that name."""
+def store(name: str, fd: int) -> bool:
+    """Have systemd keep a descriptor for the service's main process, in place of the one that had this name."""
     notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
-    parts = [fds[i : i + _MOST_FDS] for i in range(0, len(fds), _MOST_FDS)]
-    # FDPOLL=0: it would drop those that poll(2) has something to say of, such as an ended process's
-    return all(notify(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", part) for part in parts)
+    # FDPOLL=0: it would drop one that poll(2) has something to say of
+    return notify(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", fd)
 
 
-def stored(environment: Mapping[str, str] = os.environ) -> dict[str, list[int]]:
-    """Return the descriptors that systemd has passed on to this process, by their names, in their order."""
+def stored(environment: Mapping[str, str] = os.environ) -> dict[str, int]:
+    """Return the descriptors that systemd has passed on to this process, by their names."""
     if environment.get("LISTEN_PID") != str(os.getpid()):
         return {}
-    found: dict[str, list[int]] = {}
-    for i, name in enumerate(environment["LISTEN_FDNAMES"].split(":")):
-        found.setdefault(name, []).append(_FIRST_FD + i)
-    return found
+    return {name: _FIRST_FD + i for i, name in enumerate(environment["LISTEN_FDNAMES"].split(":"))}

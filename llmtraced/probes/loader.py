@@ -65,15 +65,15 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "on_read": "RAW_TRACEPOINT",
     "on_read_call": "KPROBE",
     "on_flush": "RAW_TRACEPOINT",
-    "on_graph": "KPROBE",
-    "on_graph_return": "KPROBE",
-    "on_mul_mat": "KPROBE",
-    "on_mul_mat_return": "KPROBE",
-    "on_any_op": "KPROBE",
+    "on_graph": "UPROBE",
+    "on_graph_return": "UPROBE",
+    "on_mul_mat": "UPROBE",
+    "on_mul_mat_return": "UPROBE",
+    "on_any_op": "UPROBE",
     "on_matrix": "UPROBE_SESSION",
-    "on_get_rows": "KPROBE",
+    "on_get_rows": "UPROBE",
 }
-"""BPF programs and their types; uprobes are of type KPROBE as well, and BCC does not know uprobe sessions."""
+"""BPF programs and their types; uprobes are of type KPROBE as well, and BCC does not know how newer kernels have them."""
 
 _TYPED: Final = {p.program: p.name for p in KERNEL_POINTS if isinstance(p, Tracepoint) and p.typed}
 
@@ -114,7 +114,10 @@ class Sizes:
 
 @dataclass(slots=True)
 class Programs:
-    """What was loaded: descriptors of programs and maps, why others were refused, and what it took."""
+    """What was loaded: descriptors of programs and maps, why others were refused, and what it took.
+
+    ``needs_admin``: uprobes take CAP_SYS_ADMIN here.
+    """
 
     programs: dict[str, int]
     maps: dict[str, int]
@@ -123,6 +126,7 @@ class Programs:
     compile_rss_bytes: int
     headers: str
     bcc_version: str
+    needs_admin: bool
     sizes: Sizes = field(default_factory=Sizes)
 
     def close(self) -> None:
@@ -326,8 +330,9 @@ def _compile(sizes: Sizes) -> tuple[dict[str, int], dict[str, Any]]:
             if name in _TYPED:  # BCC cannot say for which tracepoint
                 number = types.tracepoint_type(_TYPED[name])
                 descriptors[name] = kernel.load_typed_tracepoint(name, bpf.dump_func(name.encode()), number)
-            elif kind == "UPROBE_SESSION":
-                descriptors[name] = kernel.load_uprobe_session(name, bpf.dump_func(name.encode()))
+            elif kind.startswith("UPROBE"):
+                code, session = bpf.dump_func(name.encode()), kind == "UPROBE_SESSION"
+                descriptors[name] = kernel.load_uprobe(name, code, session=session)
             else:
                 descriptors[name] = bpf.load_func(name, getattr(bcc.BPF, kind)).fd
         except Exception as error:
@@ -343,6 +348,7 @@ def _compile(sizes: Sizes) -> tuple[dict[str, int], dict[str, Any]]:
         "compile_seconds": round(time.monotonic() - started, 3),
         "compile_rss_bytes": int(peak[1]) * 1024 if peak else 0,
         "headers": str(found),
+        "needs_admin": "on_graph" not in descriptors or not kernel.has_uprobe_links(descriptors["on_graph"]),
         "bcc_version": str(getattr(bcc, "__version__", "?")),
     }
 
