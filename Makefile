@@ -23,6 +23,8 @@ system:
 	test -e /usr/lib/python3/dist-packages/bcc/__init__.py || $(PYTHON) -c 'import bcc' 2>/dev/null || missing="$$missing python3-bpfcc"; \
 	ls -d /usr/src/linux-headers-* /usr/src/kernels/* /lib/modules/$$(uname -r)/build 2>/dev/null | grep -q . || missing="$$missing linux-headers"; \
 	for tool in cmake g++ $(CLANG_FORMAT); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	test -x /lib/systemd/systemd || missing="$$missing systemd"; \
+	command -v ip >/dev/null || missing="$$missing iproute2"; \
 	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	missing=$${missing/g++/g++ make}; \
 	test -n "$$missing" || exit 0; \
@@ -91,26 +93,43 @@ fmt: venv ## format Python and BPF sources
 
 PREFIX ?= /usr/local
 DESTDIR ?=
-SYSCONFDIR ?= /etc
-PROGRAM := $(PREFIX)/lib/llmtraced
 INTO = $(DESTDIR)$(PREFIX)
+PROGRAM = $(INTO)/lib/llmtraced
+MAKER ?= $(PROGRAM)/bin/python
+HERE = test -n "$(DESTDIR)" || ! test -d /run/systemd/system ||
 
-install: install-program install-files ## for good: program, units, manual, completion, into PREFIX (/usr/local), under DESTDIR
-	@test -n "$(DESTDIR)" || ! command -v systemd-sysusers >/dev/null || systemd-sysusers "$(PREFIX)/lib/sysusers.d/llmtraced.conf"
-	@test -n "$(DESTDIR)" || ! test -d /run/systemd/system || systemctl daemon-reload
+install: install-program install-files ## for good: program, units, manual, completion; PREFIX=/usr/local, DESTDIR=
+	@test -n "$(DESTDIR)" || systemd-sysusers "$(PREFIX)/lib/sysusers.d/llmtraced.conf"
+	@$(HERE) systemctl daemon-reload
+	@echo "installed; systemctl enable --now llmtraced starts the daemon"
 
 install-program:
-	$(PYTHON) -m venv "$(DESTDIR)$(PROGRAM)"
-	"$(DESTDIR)$(PROGRAM)/bin/python" -m pip install --quiet --disable-pip-version-check '.[plots,uring]'
-	@test -z "$(DESTDIR)" || sed -i "s|$(DESTDIR)$(PROGRAM)|$(PROGRAM)|g" $(DESTDIR)$(PROGRAM)/bin/[!p]* $(DESTDIR)$(PROGRAM)/bin/pip*
+	@$(PYTHON) -c 'import sys; sys.exit(sys.base_prefix.startswith(("/root/", "/home/")))' || \
+	  { echo "$(PYTHON) is in somebody's home, which services do not see; make install PYTHON=/usr/bin/python3" >&2; exit 1; }
+	$(PYTHON) -m venv "$(PROGRAM)"
+	"$(PROGRAM)/bin/python" -m pip install --quiet --disable-pip-version-check '.[plots,uring]'
+	@test -z "$(DESTDIR)" || sed -i 's|$(PROGRAM)|$(PREFIX)/lib/llmtraced|g' $$(grep -lI '$(PROGRAM)' "$(PROGRAM)"/bin/* "$(PROGRAM)/pyvenv.cfg")
 
 install-files:
-	install -d "$(INTO)/bin" "$(INTO)/lib/systemd/system" "$(INTO)/lib/sysusers.d" "$(DESTDIR)$(SYSCONFDIR)"
+	install -d "$(INTO)/bin" "$(INTO)/lib/systemd/system" "$(INTO)/lib/sysusers.d" "$(INTO)/share/man/man1" \
+	  "$(INTO)/share/bash-completion/completions" "$(INTO)/share/zsh/site-functions" "$(DESTDIR)/etc"
 	ln -sf ../lib/llmtraced/bin/llmtraced "$(INTO)/bin/llmtraced"
-	for unit in systemd/*.service; do \
-	  sed 's|/usr/local|$(PREFIX)|g' "$$unit" > "$(INTO)/lib/systemd/system/$${unit##*/}" || exit 1; done
+	for unit in llmtraced.service llmtraced-prefetch@.service; do \
+	  sed 's|/usr/local|$(PREFIX)|g' "systemd/$$unit" > "$(INTO)/lib/systemd/system/$$unit" || exit 1; done
 	install -m 644 systemd/llmtraced.sysusers "$(INTO)/lib/sysusers.d/llmtraced.conf"
-	test -e "$(DESTDIR)$(SYSCONFDIR)/llmtraced.toml" || install -m 644 systemd/llmtraced.toml "$(DESTDIR)$(SYSCONFDIR)/llmtraced.toml"
+	test -e "$(DESTDIR)/etc/llmtraced.toml" || install -m 644 systemd/llmtraced.toml "$(DESTDIR)/etc/llmtraced.toml"
+	"$(MAKER)" -m llmtraced.commands._manual man > "$(INTO)/share/man/man1/llmtraced.1"
+	"$(MAKER)" -m llmtraced.commands._manual bash > "$(INTO)/share/bash-completion/completions/llmtraced"
+	"$(MAKER)" -m llmtraced.commands._manual zsh > "$(INTO)/share/zsh/site-functions/_llmtraced"
+
+uninstall: ## what make install put there; /etc/llmtraced.toml, traces and the user llmtraced stay
+	@$(HERE) systemctl disable --now llmtraced 'llmtraced-prefetch@*' || true
+	rm -rf "$(PROGRAM)"
+	rm -f "$(INTO)/bin/llmtraced" "$(INTO)/lib/systemd/system/llmtraced.service" \
+	  "$(INTO)/lib/systemd/system/llmtraced-prefetch@.service" "$(INTO)/lib/sysusers.d/llmtraced.conf" \
+	  "$(INTO)/share/man/man1/llmtraced.1" "$(INTO)/share/bash-completion/completions/llmtraced" \
+	  "$(INTO)/share/zsh/site-functions/_llmtraced"
+	@$(HERE) systemctl daemon-reload
 
 bench: venv ## measure this tool on this machine
 	$(AS_ROOT) $(BIN)/llmtraced bench events
@@ -119,4 +138,4 @@ bench: venv ## measure this tool on this machine
 clean: ## remove what was built here (not the cache in ~/.cache/llmtraced)
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help demo install system test lint types unit kernel e2e test-guest fmt bench clean
+.PHONY: help demo venv install install-program install-files uninstall system test lint types unit kernel e2e test-guest fmt bench clean

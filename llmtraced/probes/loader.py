@@ -73,7 +73,7 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "on_matrix": "UPROBE_SESSION",
     "on_get_rows": "UPROBE",
 }
-"""BPF programs and their types; uprobes are of type KPROBE as well, and BCC does not know how newer kernels have them."""
+"""BPF programs and their types; uprobes are of type KPROBE as well, in ways that BCC does not know."""
 
 _TYPED: Final = {p.program: p.name for p in KERNEL_POINTS if isinstance(p, Tracepoint) and p.typed}
 

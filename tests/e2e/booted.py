@@ -26,7 +26,7 @@ from helpers import wait_until
 ROOT = Path(__file__).parents[2]
 SYSTEMD = Path("/lib/systemd/systemd")
 
-# $1: folder for the overlay, $2: the engine, $3: models, $4: the repository, $5: its virtual environment, $6: its Python
+# $1: folder for the overlay, $2: the engine, $3: models, $4: the repository, $5: its environment, $6: its Python
 BOOT = r"""
 set -eu
 mount --make-rprivate /
@@ -79,7 +79,7 @@ done
 printf '#!/usr/local/lib/llmtraced/bin/python\nimport sys\nfrom llmtraced.commands import main\nsys.exit(main())\n' \
   > "$root/usr/local/lib/llmtraced/bin/llmtraced"
 chmod 755 "$root/usr/local/lib/llmtraced/bin/llmtraced"
-make -s -C "$4" install-files DESTDIR="$root" PYTHON="$5/bin/python"
+make -s -C "$4" install-files DESTDIR="$root" MAKER="$5/bin/python"
 
 # Nothing but what is asked for: modules, disks and sysctls are this machine's.
 rm -rf "$root"/etc/systemd/system "$root"/etc/systemd/system.conf.d "$root"/lib/systemd/system/*.wants
@@ -124,7 +124,19 @@ class Machine:
             cgroup.mkdir()
         enter = 'while [ "$1" != -- ]; do echo $$ > "$1/cgroup.procs"; shift; done; shift; exec "$@"'
         command = ["sh", "-c", enter, "sh", *map(str, self._cgroups), "--"]
-        command += "unshare --mount --pid --fork --kill-child --uts --ipc --cgroup --net sh -c".split()
+        command += [
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--uts",
+            "--ipc",
+            "--cgroup",
+            "--net",
+            "sh",
+            "-c",
+        ]
         inside = (self._folder / "machine", self._engine, self._models, ROOT, sys.prefix, sys.base_prefix)
         command += [BOOT, "boot", *map(str, inside)]
         self.log = self._folder / "machine.log"
