@@ -107,7 +107,7 @@ install-program:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.base_prefix.startswith(("/root/", "/home/")))' || \
 	  { echo "$(PYTHON) is in somebody's home, which services do not see; make install PYTHON=/usr/bin/python3" >&2; exit 1; }
 	$(PYTHON) -m venv "$(PROGRAM)"
-	"$(PROGRAM)/bin/python" -m pip install --quiet --disable-pip-version-check '.[plots,uring]'
+	"$(PROGRAM)/bin/python" -m pip install --quiet --disable-pip-version-check '.[plots]'
 	@test -z "$(DESTDIR)" || sed -i 's|$(PROGRAM)|$(PREFIX)/lib/llmtraced|g' $$(grep -lI '$(PROGRAM)' "$(PROGRAM)"/bin/* "$(PROGRAM)/pyvenv.cfg")
 
 install-files:

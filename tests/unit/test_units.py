@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from helpers import need
 
 from llmtraced.commands import COMMANDS, _manual, build_parser
 from llmtraced.config import Config, read_config
@@ -19,6 +20,7 @@ UNITS = ROOT / "systemd"
 
 
 def analyze(*words: str) -> str:
+    need(shutil.which("systemd-analyze"), "needs systemd", "e2e")
     done = subprocess.run(["systemd-analyze", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
