@@ -144,7 +144,8 @@ def load_typed_tracepoint(name: str, instructions: bytes, btf_type: int) -> int:
 def load_uprobe(name: str, instructions: bytes, *, session: bool = False) -> int:
     """Load a program for :func:`open_uprobe`, or for :func:`open_uprobe_session`.
 
-    The rest is as in :func:`load_typed_tracepoint`. A kernel that does not know what the former is for does not mind.
+    The rest is as in :func:`load_typed_tracepoint`. Kernels before 6.6, which do not know uprobe links, do not
+    look at what a program of this type is loaded for.
     """
     attach_type = _BPF_TRACE_UPROBE_SESSION if session else _BPF_TRACE_UPROBE_MULTI
     return _load(name, instructions, _BPF_PROG_TYPE_KPROBE, attach_type, 0)
