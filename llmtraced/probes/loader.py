@@ -126,7 +126,7 @@ class Programs:
     compile_rss_bytes: int
     headers: str
     bcc_version: str
-    needs_admin: bool
+    needs_admin: bool = False
     sizes: Sizes = field(default_factory=Sizes)
 
     def close(self) -> None:
