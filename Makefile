@@ -11,10 +11,10 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: install ## install what is missing, trace a real server on a real model, show the answers
+demo: venv ## install what is missing, trace a real server on a real model, show the answers
 	$(AS_ROOT) $(BIN)/llmtraced demo
 
-install: system $(VENV)/.installed ## the program and its development tools, in .venv
+venv: system $(VENV)/.installed ## the program and its development tools, in .venv
 
 # BCC and kernel headers come from the distribution. Debian and Ubuntu are served here; `llmtraced check` names the
 # packages of others.
@@ -23,6 +23,8 @@ system:
 	test -e /usr/lib/python3/dist-packages/bcc/__init__.py || $(PYTHON) -c 'import bcc' 2>/dev/null || missing="$$missing python3-bpfcc"; \
 	ls -d /usr/src/linux-headers-* /usr/src/kernels/* /lib/modules/$$(uname -r)/build 2>/dev/null | grep -q . || missing="$$missing linux-headers"; \
 	for tool in cmake g++ $(CLANG_FORMAT); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	test -x /lib/systemd/systemd || missing="$$missing systemd"; \
+	command -v ip >/dev/null || missing="$$missing iproute2"; \
 	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	PATH=$$PATH:/usr/sbin:/sbin command -v mkfs.ext4 >/dev/null || missing="$$missing e2fsprogs"; \
 	missing=$${missing/g++/g++ make}; \
@@ -46,34 +48,34 @@ $(VENV)/.installed: pyproject.toml
 
 test: lint types unit kernel e2e ## all of it
 
-lint: install ## style, import directions, formatting of Python and BPF
+lint: venv ## style, import directions, formatting of Python and BPF
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(CLANG_FORMAT) --dry-run --Werror bpf/*
 
-types: install ## mypy, strict
+types: venv ## mypy, strict
 	$(BIN)/mypy
 
-unit: install ## no root, seconds
+unit: venv ## no root, seconds
 	$(BIN)/python -m pytest tests/unit -q
 
-kernel: install ## real probes, real faults, exact counts (root)
+kernel: venv ## real probes, real faults, exact counts (root)
 	$(AS_ROOT) $(BIN)/python -m pytest tests/kernel -q
 
-e2e: install ## a real llama-server with a real model (root)
+e2e: venv ## a real llama-server with a real model (root)
 	$(AS_ROOT) $(BIN)/python -m pytest tests/e2e -q
 
 CASES ?= 5000000
-fuzz: install ## mutated GGUF files by the million, with a random seed (CASES=5000000)
+fuzz: venv ## mutated GGUF files by the million, with a random seed (CASES=5000000)
 	$(BIN)/python tests/fuzz.py $(CASES)
 
 MINUTES ?= 10
-soak: install ## nothing grows with time (MINUTES=10; root)
+soak: venv ## nothing grows with time (MINUTES=10; root)
 	LLMTRACED_SOAK=$$(($(MINUTES) * 60)) $(AS_ROOT) $(BIN)/python -m pytest tests/e2e/test_soak.py -q -s
 
 KILLS ?= 100
-kills: install ## kill -9 of daemon and server at random moments, so many each (KILLS=100; root)
+kills: venv ## kill -9 of daemon and server at random moments, so many each (KILLS=100; root)
 	LLMTRACED_KILLS=$(KILLS) $(AS_ROOT) $(BIN)/python -m pytest tests/e2e/test_kills.py -q -s
 
 # Another kernel, its headers and virtme-ng go into the cache and .venv; QEMU is the machine's. KERNEL=linux-image-...
@@ -87,7 +89,7 @@ GUEST_E2E := tests/e2e/test_record_server.py::test_the_experts_chosen_are_the_ex
   tests/e2e/test_prefetch.py::test_tokens_stay_the_same_and_reads_fall \
   tests/e2e/test_prefetch.py::test_a_kill_leaves_nothing_pinned
 
-test-guest: install ## what depends on the kernel, under Debian's own one in QEMU (root, half an hour)
+test-guest: venv ## what depends on the kernel, under Debian's own one in QEMU (root, half an hour)
 	@missing=""; \
 	for tool in qemu-system-x86_64:qemu-system-x86 busybox:busybox-static /sbin/depmod:kmod udevadm:udev; do \
 	  command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; done; \
@@ -97,16 +99,56 @@ test-guest: install ## what depends on the kernel, under Debian's own one in QEM
 	$(GUEST) pytest -q -k 'not uring' $(GUEST_KERNEL)
 	$(GUEST) pytest -q $(GUEST_E2E)
 
-fmt: install ## format Python and BPF sources
+fmt: venv ## format Python and BPF sources
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format .
 	$(CLANG_FORMAT) -i bpf/*
 
-bench: install ## measure this tool on this machine
+PREFIX ?= /usr/local
+DESTDIR ?=
+INTO = $(DESTDIR)$(PREFIX)
+PROGRAM = $(INTO)/lib/llmtraced
+MAKER ?= $(PROGRAM)/bin/python
+HERE = test -n "$(DESTDIR)" || ! test -d /run/systemd/system ||
+
+install: install-program install-files ## for good: program, units, manual, completion; PREFIX=/usr/local, DESTDIR=
+	@test -n "$(DESTDIR)" || systemd-sysusers "$(PREFIX)/lib/sysusers.d/llmtraced.conf"
+	@$(HERE) systemctl daemon-reload
+	@echo "installed; systemctl enable --now llmtraced starts the daemon"
+
+install-program:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.base_prefix.startswith(("/root/", "/home/")))' || \
+	  { echo "$(PYTHON) is in somebody's home, which services do not see; make install PYTHON=/usr/bin/python3" >&2; exit 1; }
+	$(PYTHON) -m venv "$(PROGRAM)"
+	"$(PROGRAM)/bin/python" -m pip install --quiet --disable-pip-version-check '.[plots]'
+	@test -z "$(DESTDIR)" || sed -i 's|$(PROGRAM)|$(PREFIX)/lib/llmtraced|g' $$(grep -lI '$(PROGRAM)' "$(PROGRAM)"/bin/* "$(PROGRAM)/pyvenv.cfg")
+
+install-files:
+	install -d "$(INTO)/bin" "$(INTO)/lib/systemd/system" "$(INTO)/lib/sysusers.d" "$(INTO)/share/man/man1" \
+	  "$(INTO)/share/bash-completion/completions" "$(INTO)/share/zsh/site-functions" "$(DESTDIR)/etc"
+	ln -sf ../lib/llmtraced/bin/llmtraced "$(INTO)/bin/llmtraced"
+	for unit in llmtraced.service llmtraced-prefetch@.service; do \
+	  sed 's|/usr/local|$(PREFIX)|g' "systemd/$$unit" > "$(INTO)/lib/systemd/system/$$unit" || exit 1; done
+	install -m 644 systemd/llmtraced.sysusers "$(INTO)/lib/sysusers.d/llmtraced.conf"
+	test -e "$(DESTDIR)/etc/llmtraced.toml" || install -m 644 systemd/llmtraced.toml "$(DESTDIR)/etc/llmtraced.toml"
+	"$(MAKER)" -m llmtraced.commands._manual man > "$(INTO)/share/man/man1/llmtraced.1"
+	"$(MAKER)" -m llmtraced.commands._manual bash > "$(INTO)/share/bash-completion/completions/llmtraced"
+	"$(MAKER)" -m llmtraced.commands._manual zsh > "$(INTO)/share/zsh/site-functions/_llmtraced"
+
+uninstall: ## what make install put there; /etc/llmtraced.toml, traces and the user llmtraced stay
+	@$(HERE) systemctl disable --now llmtraced 'llmtraced-prefetch@*' || true
+	rm -rf "$(PROGRAM)"
+	rm -f "$(INTO)/bin/llmtraced" "$(INTO)/lib/systemd/system/llmtraced.service" \
+	  "$(INTO)/lib/systemd/system/llmtraced-prefetch@.service" "$(INTO)/lib/sysusers.d/llmtraced.conf" \
+	  "$(INTO)/share/man/man1/llmtraced.1" "$(INTO)/share/bash-completion/completions/llmtraced" \
+	  "$(INTO)/share/zsh/site-functions/_llmtraced"
+	@$(HERE) systemctl daemon-reload
+
+bench: venv ## measure this tool on this machine
 	$(AS_ROOT) $(BIN)/llmtraced bench events
 	$(AS_ROOT) $(BIN)/llmtraced bench overhead
 
 clean: ## remove what was built here (not the cache in ~/.cache/llmtraced)
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help demo install system test lint types unit kernel e2e fuzz soak kills test-guest fmt bench clean
+.PHONY: help demo venv install install-program install-files uninstall system test lint types unit kernel e2e fuzz soak kills test-guest fmt bench clean

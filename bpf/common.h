@@ -158,8 +158,20 @@ INLINE void stamp(struct event *event, u64 task, u64 ts, struct slot *slot, u32 
     event->mark = (slot->phase & 15) | epoch << 4;
 }
 
+// Process << 32 | thread, by the numbers that user space knows: a pid namespace numbers them anew. 0: not in ours.
+INLINE u64 this_task(void) {
+#if LT_PIDNS_INO
+    struct bpf_pidns_info here = {};
+    if (bpf_get_ns_current_pid_tgid(LT_PIDNS_DEV, LT_PIDNS_INO, &here, sizeof(here)))
+        return 0;
+    return (u64)here.tgid << 32 | here.pid;
+#else
+    return bpf_get_current_pid_tgid();
+#endif
+}
+
 INLINE u32 *current_slot_no(void) {
-    u32 process = bpf_get_current_pid_tgid() >> 32;
+    u32 process = this_task() >> 32;
     return targets.lookup(&process);
 }
 

@@ -80,7 +80,7 @@ INLINE struct op *claim_op(u32 thread, u32 slot) {
 
 // ggml_graph_compute(struct ggml_cgraph *, struct ggml_cplan *)
 int on_graph(struct pt_regs *ctx) {
-    u64 task = bpf_get_current_pid_tgid();
+    u64 task = this_task();
     u32 number = 0;
     struct slot *slot = probed_slot(ctx, task, &number);
     if (!slot)
@@ -182,7 +182,7 @@ INLINE bool begin_op(struct slot *slot, struct op *op, u64 dst, u64 now, u32 ret
 }
 
 int on_graph_return(struct pt_regs *ctx) {
-    u64 task = bpf_get_current_pid_tgid();
+    u64 task = this_task();
     u32 number = 0;
     struct slot *slot = probed_slot(ctx, task, &number);
     if (!slot || !slot->graph_start)
@@ -220,7 +220,7 @@ INLINE struct slot *slot_of(struct op *op, u32 *number) {
 // ggml_cpu_extra_compute_forward(params, dst), which ggml asks first for every operator, whoever computes it: one
 // probe sees them all. An operator ends where the thread's next begins, so its time includes waiting for the others.
 int on_any_op(struct pt_regs *ctx) {
-    u64 task = bpf_get_current_pid_tgid(), now = 0;
+    u64 task = this_task(), now = 0;
     u32 number = 0;
     struct op *op = current_op(task);
     struct slot *slot = op ? slot_of(op, &number) : 0;
@@ -245,7 +245,7 @@ INLINE void on_return(u64 task, struct op *op) {
 // 6.13): the other threads are spared the second trap. The function is ggml_compute_forward_mul_mat(params, dst), or a
 // method with these arguments that multiplies what was repacked (LT_COOKIE_METHOD).
 int on_matrix(struct pt_regs *ctx) {
-    u64 task = bpf_get_current_pid_tgid();
+    u64 task = this_task();
     struct op *op = current_op(task);
     if (!op)
         return 1;
@@ -267,7 +267,7 @@ int on_matrix(struct pt_regs *ctx) {
 // ggml_tensor *dst)
 int on_mul_mat(struct pt_regs *ctx) {
     u32 number = 0;
-    struct op *op = current_op(bpf_get_current_pid_tgid());
+    struct op *op = current_op(this_task());
     struct slot *slot = op ? slot_of(op, &number) : 0;
     if (slot)
         begin_op(slot, op, PT_REGS_PARM2(ctx), 0, 1);
@@ -275,7 +275,7 @@ int on_mul_mat(struct pt_regs *ctx) {
 }
 
 int on_mul_mat_return(struct pt_regs *ctx) {
-    u64 task = bpf_get_current_pid_tgid();
+    u64 task = this_task();
     struct op *op = current_op(task);
     if (op)
         on_return(task, op);
@@ -309,7 +309,7 @@ INLINE u64 less(s64 a, s64 b) {
 // after the choice and before the expert matrices are touched. dst "ffn_moe_weights-N", src[1] "ffn_moe_topk-N": i32
 // ids, ne[0] experts for each of ne[1] positions, rows nb[1] bytes apart.
 int on_get_rows(struct pt_regs *ctx) {
-    u64 task = bpf_get_current_pid_tgid();
+    u64 task = this_task();
     u32 number = 0;
     struct op *op = current_op(task);
     struct slot *slot = op ? slot_of(op, &number) : 0;

@@ -234,7 +234,7 @@ INLINE int page_cache_changes(u64 folio, u8 kind) {
         pages = 1ULL << (FOLIO(u8, LT_FOLIO_ORDER) & 31);
 #endif
     run->busy = 1; // on_flush may come by interrupt
-    u64 task = bpf_get_current_pid_tgid();
+    u64 task = this_task();
     if (run->pages) {
         u32 slot_no = run->slot;
         struct slot *slot = slots.lookup(&slot_no);
@@ -291,7 +291,7 @@ INLINE int record_read(struct model_file *file, u32 file_no, u64 index, u64 last
     struct event *event = reserve_detail(slot, slot_no, epoch, PROBE_READS, 1);
     if (!event)
         return 0;
-    stamp(event, bpf_get_current_pid_tgid(), bpf_ktime_get_ns(), slot, slot_no, epoch, KIND_READ, CAUSE_READ);
+    stamp(event, this_task(), bpf_ktime_get_ns(), slot, slot_no, epoch, KIND_READ, CAUSE_READ);
     u64 comm[2] = {};
     bpf_get_current_comm(&comm, sizeof(comm));
     event->a = index | (u64)file_no << 48;
@@ -316,7 +316,7 @@ int on_read(struct bpf_raw_tracepoint_args *ctx) {
     struct model_file *file = find_file(ctx->args[0], target, &file_no);
     if (!file)
         return 0;
-    u32 thread = bpf_get_current_pid_tgid();
+    u32 thread = this_task();
     struct reading now = {.index = ctx->args[1], .last = ctx->args[2], .file = file_no};
     struct reading *before = reading.lookup(&thread);
     bool same = before && before->file == now.file && before->last == now.last && before->index < now.index;

@@ -178,8 +178,7 @@ def _self_test(tracer: Tracer) -> Check:
     text = f"of {_SELF_TEST_FAULTS} page faults of our own, the kernel counted {counted} and {seen} records arrived"
     if seen == counted == _SELF_TEST_FAULTS:
         return Check("self-test", "ok", text)
-    hint = "run llmtraced in the host's pid namespace (docker run --pid=host)" if not counted else ""
-    return Check("self-test", "missing" if not seen else "degraded", text, hint, required=not seen)
+    return Check("self-test", "missing" if not seen else "degraded", text, required=not seen)
 
 
 def _count_faults(tracer: Tracer, memory: mmap.mmap, where: tuple[int, int, int]) -> tuple[int, int]:

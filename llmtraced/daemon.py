@@ -6,35 +6,38 @@ mapped anywhere, for then nothing is attached.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
-import socket
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import GCCollector, PlatformCollector, ProcessCollector, start_http_server
 from prometheus_client.registry import CollectorRegistry
 
+from llmtraced import capabilities
 from llmtraced import target as targets
 from llmtraced.config import Config
 from llmtraced.dial import Governor
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.metrics import LlmtracedCollector
+from llmtraced.probes import kernel
 from llmtraced.probes.loader import Sizes
 from llmtraced.probes.tracer import Tracer
 from llmtraced.recorder import Recorder
 from llmtraced.retention import Keeper
 from llmtraced.schema import Detail, Phase
+from llmtraced.service import Watchdog, notify
 from llmtraced.session import Session, session_metadata, session_name
 from llmtraced.store import TraceWriter, clean_leftovers
 
-__all__ = ["Daemon", "notify"]
+__all__ = ["KEPT", "Daemon"]
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +46,8 @@ _LOADING_SECONDS = 0.05
 _REFRESH_SECONDS = 1.0
 _PRUNE_SECONDS = 60.0
 
-
-def notify(state: str) -> None:
-    """Tell systemd (sd_notify(3)); without systemd nothing happens."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
-    address = "\0" + path[1:] if path.startswith("@") else path
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as systemd:
-            systemd.sendto(state.encode(), address)
-    except OSError as error:
-        log.warning("cannot notify systemd: %s", error)
+KEPT: Final = ("CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_SYS_PTRACE", "CAP_PERFMON", "CAP_CHECKPOINT_RESTORE")
+"""What the next server takes: reading its files and memory, attaching to it; and writing traces, as root, anywhere."""
 
 
 class Daemon:
@@ -64,16 +57,24 @@ class Daemon:
         config: what to do.
         say: told what happens, as a dict with an ``event``: ready, begin, end, stopped.
         pid: trace this process only.
+        confine: give up what only loading takes: this process can load no BPF program afterwards.
     """
 
     def __init__(
-        self, config: Config, say: Callable[[dict[str, Any]], None] = lambda _: None, pid: int | None = None
+        self,
+        config: Config,
+        say: Callable[[dict[str, Any]], None] = lambda _: None,
+        pid: int | None = None,
+        *,
+        confine: bool = False,
     ) -> None:
         self.config = config
         self._say = say
         self._pid = pid
         self.detail = Detail[config.detail.upper()]
         self.tracer = Tracer(Sizes(ring_bytes=config.ring))
+        if confine:
+            _confine(needs_admin=self.tracer.programs.needs_admin)
         self.recorder = Recorder(self.tracer, config.flush)
         self._sessions: dict[tuple[int, int], Session] = {}
         self._sizes: dict[int, bytes] = {}
@@ -99,9 +100,13 @@ class Daemon:
         try:
             self._listen()
             self._say({"event": "ready", "port": self.port, "compile_seconds": self.tracer.programs.compile_seconds})
-            notify(f"READY=1\nSTATUS=tracing {self.detail.name.lower()}")
+            if os.environ.get("NOTIFY_SOCKET") and not notify("READY=1"):
+                log.warning("cannot notify systemd at %s", os.environ["NOTIFY_SOCKET"])
+            self._tell_status()
+            watchdog = Watchdog()
             while not stop():
                 self.step()
+                watchdog.alive()
         finally:
             notify("STOPPING=1")
             self.close()
@@ -138,7 +143,6 @@ class Daemon:
         if now - self._scanned >= self.config.scan:
             self._scanned = now
             self._find()
-            notify("WATCHDOG=1")
         if self._keeper and now - self._pruned >= _PRUNE_SECONDS:
             self._pruned = now
             self.recorder.later(partial(self._keeper.prune, {s.writer.session for s in self._sessions.values()}))
@@ -207,14 +211,22 @@ class Daemon:
         log.info(
             "tracing process %d (%s) with %s", target.pid, printable(target.comm), printable(", ".join(target.models))
         )
+        self._tell_status()
         self._say({"event": "begin", "pid": target.pid, "session": writer.session, "models": list(target.models)})
         for problem in target.problems:
             log.warning("process %d: %s", target.pid, problem)
 
     def _end(self, key: tuple[int, int]) -> None:
-        self.recorder.remove(self._sessions.pop(key))
+        session = self._sessions.pop(key)
+        self.recorder.remove(session)
         self._sizes.pop(key[0], None)  # should its number be used again, by a process of the same size
-        log.info("process %d is not traced any more", key[0])
+        self._tell_status()
+        log.info("process %d %s", key[0], "is not traced any more" if session.target.alive else "has ended")
+
+    def _tell_status(self) -> None:
+        """Say in a line what is being done, for ``systemctl status``."""
+        pids = ", ".join(str(pid) for pid, _ in self._sessions)
+        notify(f"STATUS={f'tracing {pids}' if pids else 'waiting for a server'}, detail {self.detail.name.lower()}")
 
     def _tell_end(self, session: Session) -> None:
         told = {"event": "end", "pid": session.target.pid, "session": session.writer.session}
@@ -230,6 +242,29 @@ class Daemon:
             self._tell_end(session)
         self._sessions.clear()
         self.tracer.close()
+
+
+def _confine(*, needs_admin: bool) -> None:
+    """Give up all capabilities but :data:`KEPT`, and what else attaching takes on this kernel.
+
+    Args:
+        needs_admin: it takes CAP_SYS_ADMIN: perf events with uprobes do, so it does before 6.6.
+    """
+    had = capabilities.held()
+    keep = had & {*KEPT, "CAP_SYS_ADMIN"} if needs_admin else had & {*KEPT}
+    if "CAP_PERFMON" not in keep:
+        return  # CAP_SYS_ADMIN stands for all, and attaching takes it
+    try:
+        with capabilities.without_all_but(keep):
+            if kernel.try_bpf() == errno.EPERM:  # before 5.19, where sysctl kernel.unprivileged_bpf_disabled is set
+                keep |= {"CAP_BPF"}
+        capabilities.give_up_all_but(keep)
+    except OSError as error:
+        log.warning("cannot give up capabilities: %s", error)
+    else:
+        log.info("kept of all capabilities: %s", ", ".join(sorted(keep)))
+        if any(capabilities.held(path.read_text()) - keep for path in Path("/proc/self/task").glob("*/status")):
+            log.warning("a thread of a library has kept more")
 
 
 def _partition(target: targets.Target) -> str:

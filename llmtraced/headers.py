@@ -3,15 +3,16 @@
 BCC compiles against ``/lib/modules/$(uname -r)/{build,source}``, or against one complete tree that the environment
 names. Where the running kernel has no headers (cloud kernels, WSL2, micro-VMs) any recent ones do, for our programs
 use no kernel struct of theirs: where the kernel's fields lie comes from BTF, the running kernel's own description.
-:func:`find` says which to use; :func:`present` shows them to this process and its children alone, so it belongs in a
+:func:`find` says which to use; :func:`presented` shows them to this process by its environment, so it belongs in a
 short-lived child. docs/requirements.md has the whole story.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Final
 
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
 
-__all__ = ["SKIP", "Headers", "candidates", "find", "present"]
+__all__ = ["SKIP", "Headers", "candidates", "find", "presented"]
 
 _MODULES: Final = Path("/lib/modules")
 _SOURCES: Final = Path("/usr/src")
@@ -28,8 +29,6 @@ _VARIABLE: Final = "BCC_KERNEL_SOURCE"  # a complete tree; src/cc/frontends/clan
 SKIP: Final = "LLMTRACED_HEADERS_SKIP"
 """Environment variable of the child that compiles: how many of :func:`candidates` have been tried in vain."""
 
-_CLONE_NEWNS: Final = 0x00020000
-_MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _REMEDY: Final = (
     "install kernel headers: apt-get install linux-headers-$(uname -r), or, where the running kernel has none, those "
     "of any recent kernel (Debian: linux-headers-amd64, Ubuntu: linux-headers-generic, Fedora: kernel-devel)"
@@ -170,43 +169,38 @@ def _version(build: Path) -> tuple[int, ...]:
     return _numbers(match[1]) if match else ()
 
 
-def present(headers: Headers) -> None:
-    """Show ``headers`` as the running kernel's to this process and its children only.
+@contextlib.contextmanager
+def presented(headers: Headers) -> Iterator[None]:
+    """Show ``headers`` to BCC in this process, until the context ends.
 
-    A complete tree is named to BCC in the environment. The halves of a split one become links in a tmpfs, mounted over
-    ``/lib/modules`` in a mount namespace of this process's own: nothing outside sees it, nothing is written to any
-    disk, and it ends with the process. Headers that are in place need nothing.
-
-    Raises:
-        LlmtracedError: the namespace or a mount was refused, or there is no ``/lib/modules`` to mount on.
+    Headers that are in place need nothing. A complete tree is named in the environment; the halves of a split one are
+    first merged into a folder for temporary files, by links. It takes no privilege.
     """
     if headers.in_place:
+        yield
         return
-    if _usable(headers.build, headers.build):
-        os.environ[_VARIABLE] = str(headers.build)
-        return
-    if not _MODULES.is_dir():
-        why = f"there is no {_MODULES}; mkdir {_MODULES}"
-        raise LlmtracedError(f"cannot show kernel headers to BCC: {why}", UNSUPPORTED)
-    release = os.uname().release
-    libc = ctypes.CDLL(None, use_errno=True)
+    before = os.environ.get(_VARIABLE)
+    with tempfile.TemporaryDirectory(prefix="llmtraced-headers-") as folder:
+        whole = headers.build
+        if not _usable(whole, whole):
+            whole = Path(folder)
+            _merge(whole, headers.build, headers.source)
+        os.environ[_VARIABLE] = str(whole)
+        try:
+            yield
+        finally:
+            os.environ.pop(_VARIABLE)
+            if before is not None:
+                os.environ[_VARIABLE] = before
 
-    def done(result: int, what: str) -> None:
-        if result:
-            why = os.strerror(ctypes.get_errno())
-            raise LlmtracedError(f"cannot show kernel headers to BCC: {what}: {why}; {_REMEDY}", UNSUPPORTED)
 
-    done(libc.unshare(_CLONE_NEWNS), "unshare (in a container: allow it, or run llmtraced on the host)")
-    done(libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None), "mount --make-rprivate /")
-    # Other kernels' folders stay where they are, for the headers may be in one of them: held open, then bound again.
-    names = [p.name for p in _MODULES.iterdir() if p.name != release and p.is_dir()]
-    held = {name: os.open(_MODULES / name, os.O_PATH | os.O_CLOEXEC) for name in names}
-    done(libc.mount(b"tmpfs", bytes(_MODULES), b"tmpfs", 0, b"mode=755"), f"mount tmpfs on {_MODULES}")
-    for name, fd in held.items():
-        (_MODULES / name).mkdir()
-        bind = (b"/proc/self/fd/%d" % fd, bytes(_MODULES / name), None, _MS_BIND | _MS_REC, None)
-        done(libc.mount(*bind), f"mount --bind {_MODULES / name}")
-        os.close(fd)
-    (_MODULES / release).mkdir()
-    (_MODULES / release / "build").symlink_to(headers.build)
-    (_MODULES / release / "source").symlink_to(headers.source)
+def _merge(into: Path, *trees: Path) -> None:
+    """Link everything that the trees have into a folder; a folder that several have is one there."""
+    names = sorted({entry.name for tree in trees for entry in tree.iterdir()})
+    for name in names:
+        found = [tree / name for tree in trees if (tree / name).exists()]
+        if len(found) > 1 and all(path.is_dir() for path in found):
+            (into / name).mkdir()
+            _merge(into / name, *found)
+        elif found:
+            (into / name).symlink_to(found[0].resolve())

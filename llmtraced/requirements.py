@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from llmtraced import headers
+from llmtraced.capabilities import can_load, held
 from llmtraced.cgroup import Cgroup, cgroup_of
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.probes import btf as kernel_types
@@ -26,11 +27,10 @@ __all__ = ["IN_CONTAINER", "Check", "Status", "all_fine", "distribution", "read_
 
 Status = Literal["ok", "missing", "degraded", "unknown"]
 
-# include/uapi/linux/capability.h
-_CAPABILITIES: Final = {"CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _WITHOUT: Final = {
-    "CAP_SYS_ADMIN": "no CAP_SYS_ADMIN, split headers of another kernel cannot be shown to BCC",
     "CAP_SYS_PTRACE": "no CAP_SYS_PTRACE, operators and experts cannot be told, other users' processes not be seen",
+    "CAP_DAC_READ_SEARCH": "no CAP_DAC_READ_SEARCH, models that others may not read cannot be understood",
+    "CAP_CHECKPOINT_RESTORE": "no CAP_CHECKPOINT_RESTORE, models that were deleted or replaced cannot be reached",
 }
 _PACKAGES: Final = {
     # distribution: (kernel headers, BCC)
@@ -41,7 +41,6 @@ _PACKAGES: Final = {
     "suse": ("zypper install kernel-default-devel", "python3-bcc"),
 }
 IN_CONTAINER: Final = "in a container: docker run --privileged --pid=host …; or run llmtraced on the host"
-_NO_DESCRIPTOR: Final = 0xFFFFFFFF  # -1 in the u32 that the system call reads
 _ENOUGH_BYTES: Final = 400 << 20  # compiling takes 230 MB for seconds, the maps some 60 MB
 
 
@@ -78,7 +77,7 @@ def system() -> Iterator[Check]:
         "privileges": lambda: privileges(os.geteuid(), status, read_text("/proc/self/uid_map")),
         "architecture": lambda: architecture(os.uname().machine),
         "perf events": lambda: perf_events(read_text(paranoid)),
-        "bpf": lambda: bpf(_try_bpf(), status, read_text(lockdown)),
+        "bpf": lambda: bpf(kernel.try_bpf(), status, read_text(lockdown)),
         "btf": btf,
         "headers": lambda: kernel_headers(headers.find, here),
         "bcc": lambda: bcc(here),
@@ -93,28 +92,25 @@ def system() -> Iterator[Check]:
 
 
 def privileges(euid: int, status: str, uid_map: str) -> Check:
-    """Check for root, its capabilities, and that it is not root of a user namespace only.
+    """Check for capabilities (root's, or given to a user), and that they are not those of a user namespace only.
 
     Args:
         euid: effective user.
         status: ``/proc/self/status``.
         uid_map: ``/proc/self/uid_map``.
     """
-    if euid != 0:
-        command = f"sudo {sys.executable} -m llmtraced {' '.join(sys.argv[1:])}".rstrip()
-        return Check(
-            "privileges", "missing", f"user {euid}; loading BPF programs and looking into others needs root", command
-        )
     if uid_map.split()[:3] not in ([], ["0", "0", "4294967295"]):
         return Check("privileges", "missing", "root of a user namespace only (a rootless container)", IN_CONTAINER)
-    match = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
-    held = int(match[1], 16) if match else -1
-    has = {name for name, bit in _CAPABILITIES.items() if held >> bit & 1}
-    if not ("CAP_SYS_ADMIN" in has or {"CAP_BPF", "CAP_PERFMON"} <= has):
-        return Check("privileges", "missing", "root without CAP_SYS_ADMIN, or CAP_BPF and CAP_PERFMON", IN_CONTAINER)
+    has, who = held(status), "root" if euid == 0 else f"user {euid}"
+    if not can_load(has):
+        command = f"sudo {sys.executable} -m llmtraced {' '.join(sys.argv[1:])}".rstrip()
+        text = f"{who} without CAP_SYS_ADMIN, or CAP_BPF and CAP_PERFMON: cannot load BPF programs"
+        return Check("privileges", "missing", text, IN_CONTAINER if euid == 0 else command)
+    if "CAP_SYS_ADMIN" in has:
+        has |= {"CAP_CHECKPOINT_RESTORE"}
     if lost := [text for name, text in _WITHOUT.items() if name not in has]:
-        return Check("privileges", "degraded", f"root without some capabilities: {'; '.join(lost)}", IN_CONTAINER)
-    return Check("privileges", "ok", "root, with the capabilities that are needed")
+        return Check("privileges", "degraded", f"{who} without some capabilities: {'; '.join(lost)}", IN_CONTAINER)
+    return Check("privileges", "ok", f"{who}, with the capabilities that are needed")
 
 
 def architecture(machine: str) -> Check:
@@ -129,15 +125,6 @@ def perf_events(paranoid: str) -> Check:
     if not paranoid:
         return Check("perf events", "missing", "this kernel has none", "a kernel with CONFIG_PERF_EVENTS=y")
     return Check("perf events", "ok", f"perf_event_paranoid is {paranoid.strip()}, which does not bind root")
-
-
-def _try_bpf() -> int:
-    """Return the errno of a bpf(2) that fails in any case: EBADF if the system call can be made."""
-    try:
-        kernel.map_lookup(_NO_DESCRIPTOR, bytes(4), 4)
-    except OSError as error:
-        return error.errno or 0
-    return 0
 
 
 def bpf(result: int, status: str, lockdown: str) -> Check:

@@ -137,7 +137,6 @@ class Source:
 
 def _compile(ring_bytes: int) -> tuple[Any, int]:
     bcc = loader.import_bcc()
-    headers.present(headers.find())
     flags = [
         "-Wno-macro-redefined",
         f"-DBENCH_RING_PAGES={ring_bytes // PAGE}",
@@ -145,7 +144,8 @@ def _compile(ring_bytes: int) -> tuple[Any, int]:
         f"-DBENCH_BATCH={_BATCH}",
     ]
     try:
-        bpf = bcc.BPF(text=(loader.bpf_folder() / "bench.bpf.c").read_text(), cflags=flags)
+        with headers.presented(headers.find()):
+            bpf = bcc.BPF(text=(loader.bpf_folder() / "bench.bpf.c").read_text(), cflags=flags)
         return bpf, bpf.load_func("emit", bcc.BPF.RAW_TRACEPOINT).fd
     except Exception as error:
         raise LlmtracedError(f"BCC cannot compile it ({error})", UNSUPPORTED) from error

@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmtraced.schema import Detail
 from llmtraced.values import duration, size
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--listen", metavar="ADDR:PORT", help="where to serve /metrics; '' for nowhere (127.0.0.1:9477)"
     )
-    parser.add_argument("--detail", choices=[d.name.lower() for d in Detail], help="what to record (faults)")
+    parser.add_argument("--detail", choices=("faults", "ops", "full"), help="what to record (faults)")
     parser.add_argument("--flush", type=duration, metavar="S", help="seconds until a record is on disk (10s)")
     parser.add_argument("--scan", type=duration, metavar="S", help="seconds between looks for new servers (2s)")
     parser.add_argument("--ring", type=size, metavar="SIZE", help="event buffer, a power of two (16M)")
@@ -52,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run until a signal comes."""
+    # Threads that libraries start when they are imported would keep what this one gives up.
+    os.environ.update(OPENBLAS_NUM_THREADS="1", JE_ARROW_MALLOC_CONF="background_thread:false")
     from llmtraced.config import read_config
 
     config = read_config(args.config, {n: v for n in _CHANGES if (v := getattr(args, n)) is not None})
@@ -71,6 +72,6 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _frame: stop.append(received))
     log.info("compiling the probes")
-    Daemon(config, say if args.json else lambda _: None).run(lambda: bool(stop))
+    Daemon(config, say if args.json else lambda _: None, confine=True).run(lambda: bool(stop))
     log.info("stopped; everything is on disk")
     return 0

@@ -1,7 +1,7 @@
 """Make a running server faster when its model is larger than its memory: pin, read ahead, give back behind.
 
   sudo llmtraced prefetch --pid $(pgrep -n llama-server)
-  sudo llmtraced prefetch --pid PID --strategy pin --budget 8G
+  sudo llmtraced prefetch --unit llama-server.service --strategy pin --budget 8G
 
 Needs nothing from the server. It watches three tokens, learns the order in which they use the model from the server's
 own compute graph, and works if they read from disk. Ctrl-C ends it, and the kernel has its way again.
@@ -17,6 +17,8 @@ own compute graph, and works if they read from disk. Ctrl-C ends it, and the ker
 from __future__ import annotations
 
 import argparse
+import os
+from dataclasses import fields
 from pathlib import Path
 
 from llmtraced.prefetch.pages import PATHS
@@ -27,7 +29,11 @@ WAYS = (*PATHS, "uring")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--pid", metavar="PID", type=int, required=True, help="the server")
+    server = parser.add_mutually_exclusive_group(required=True)
+    server.add_argument("--pid", metavar="PID", type=int, help="the server")
+    server.add_argument("--unit", metavar="UNIT", help="the server, by its systemd unit; waits until it has its model")
+    steps = ("hand-over", "take-over", "join")
+    parser.add_argument("--step", choices=steps, help="with --unit: what llmtraced-prefetch@.service does in turn")
     parser.add_argument(
         "--strategy",
         choices=("auto", "pin", "pattern", "uring", "moe", "off"),
@@ -60,33 +66,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ahead", metavar="N", type=int, choices=(0, 1, 2), default=0, help="layers that experts are guessed ahead (0)"
     )
-    parser.add_argument("--no-join", action="store_true", help="stay out of the server's memory cgroup")
+    parser.add_argument("--no-join", dest="join", action="store_false", help="stay out of the server's memory cgroup")
     parser.add_argument("--metrics", metavar="FILE", type=Path, help="write Prometheus metrics here, once a second")
     parser.add_argument("--json", action="store_true", help="print the summary at the end as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepare, and become the sidecar."""
+    from llmtraced.prefetch import unit
+
+    if args.step == "take-over":
+        unit.take_over()
+    pid = unit.server_of(args.unit) if args.unit else args.pid
+    if args.step == "join":
+        if args.join:
+            unit.join(pid, int(os.environ["MAINPID"]))
+        return 0
     from llmtraced.prefetch import launch
 
-    launch.run(
-        args.pid,
-        launch.Options(
-            strategy=args.strategy,
-            plan=args.plan,
-            budget=args.budget,
-            window=args.window,
-            slack=args.slack,
-            depth=args.depth,
-            path=args.path,
-            trial=args.trial,
-            join=not args.no_join,
-            ahead=args.ahead,
-            clock=args.clock,
-            metrics=args.metrics,
-            json=args.json,
-        ),
-    )
+    chosen = {f.name: getattr(args, f.name) for f in fields(launch.Options) if f.name != "hand_over"}
+    launch.run(pid, launch.Options(**chosen, hand_over=args.step == "hand-over"))
+    return 0
 
 
 def _budget(word: str) -> int | None:

@@ -11,14 +11,12 @@ import json
 import logging
 import os
 import socket
-import sys
-import sysconfig
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from llmtraced import ggml_layout
 from llmtraced.cgroup import cgroup_of
@@ -26,6 +24,7 @@ from llmtraced.errors import FAILED, NO_PERMISSION, UNSUPPORTED, LlmtracedError,
 from llmtraced.ggml_layout import Graph, Layout
 from llmtraced.gguf_map import Model
 from llmtraced.prefetch import plan as plans
+from llmtraced.prefetch import unit
 from llmtraced.prefetch.clock import BEGIN, TickRing
 from llmtraced.prefetch.plan import Plan
 from llmtraced.prefetch.policy import CHUNK
@@ -57,11 +56,6 @@ _NEVER: Final = 1 << 40  # tokens to watch first
 _LEFT: Final = "a mixture of experts: what every token uses is managed, its experts are left to the kernel"
 _WAIT_SECONDS: Final = 5.0  # between lines that say what is waited for
 
-_CODE: Final = (
-    "import sys; sys.path[:0] = sys.argv[2:]; from llmtraced.prefetch.sidecar import main; "
-    "raise SystemExit(main(int(sys.argv[1])))"
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -81,6 +75,7 @@ class Options:
         clock: ``ticks``, ``pagetable``, or ``auto``: ticks where they can be had.
         metrics: write metrics to this file, in Prometheus's text format.
         json: print the summary as JSON.
+        hand_over: leave becoming the sidecar to a unit's main process (prefetch/unit.py).
     """
 
     strategy: str = "auto"
@@ -96,10 +91,11 @@ class Options:
     clock: str = "auto"
     metrics: Path | None = None
     json: bool = False
+    hand_over: bool = False
 
 
-def run(pid: int, options: Options) -> NoReturn:
-    """Prepare, and become the sidecar of process ``pid``.
+def run(pid: int, options: Options) -> None:
+    """Prepare, and become the sidecar of process ``pid``; it returns only where that is handed over.
 
     Raises:
         LlmtracedError: no such server, no permission, a plan of another model, nothing that could be managed.
@@ -370,37 +366,18 @@ def configuration(
     }
 
 
-def become(config: Mapping[str, Any], target: Target, options: Options) -> NoReturn:
-    """Join the server's cgroup and turn into the bare sidecar."""
-    text = json.dumps(config).encode()
+def become(config: Mapping[str, Any], target: Target, options: Options) -> None:
+    """Join the server's cgroup and turn into the bare sidecar; or leave that to the next steps of a unit."""
     fd = os.memfd_create("llmtraced-sidecar", 0)
-    os.write(fd, text)
+    os.write(fd, json.dumps(config).encode())
     os.lseek(fd, 0, os.SEEK_SET)
-    inherited = [fd, config["pidfd"], *(f["fd"] for f in config["files"]), *config["keep"]]
-    for one in inherited:
+    inherited = [config["pidfd"], *(f["fd"] for f in config["files"]), *config["keep"]]
+    uring = config["strategy"]["path"] == "uring"
+    if options.hand_over:
+        unit.hand_over(fd, inherited, uring=uring)
+        return
+    for one in (fd, *inherited):
         os.set_inheritable(one, True)
     if options.join:
-        _join(target.pid)
-    package = str(Path(__file__).resolve().parents[2])
-    paths = [package]
-    if config["strategy"]["path"] == "uring":
-        paths.append(sysconfig.get_path("purelib"))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", _CODE, str(fd), *paths])  # noqa: S606
-
-
-def _join(pid: int) -> None:
-    """Join the memory cgroup of ``pid``, so that what we bring in is charged where it belongs."""
-    group, own = cgroup_of(pid), cgroup_of(os.getpid())
-    if group is None or (own is not None and own.path == group.path):
-        return
-    try:
-        (group.path / "cgroup.procs").write_text(str(os.getpid()))
-    except OSError as error:
-        log.warning(
-            "cannot join the server's memory cgroup %s (%s): what is brought in is charged to ours, "
-            "so the server gets more memory than its limit says",
-            group.path,
-            error.strerror,
-        )
+        unit.join(target.pid, os.getpid())
+    unit.execute(fd, uring=uring)

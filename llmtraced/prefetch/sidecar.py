@@ -25,6 +25,7 @@ from llmtraced.prefetch.pages import Pages
 from llmtraced.prefetch.policy import CHUNK, IDLE, lay_out
 from llmtraced.prefetch.told import metrics_text, words
 from llmtraced.prefetch.work import Work, calibrate
+from llmtraced.service import Watchdog, notify
 
 __all__ = ["Sidecar", "main"]
 
@@ -88,6 +89,8 @@ class Sidecar:
             signal.signal(number, self._stop)
         ended = select.poll()
         ended.register(self.pidfd, select.POLLIN)
+        notify(f"READY=1\nSTATUS={self.governor.state}")
+        watchdog = Watchdog()
         if self.governor.state == states.ENGAGED:
             self.engage()
         while not self.stopping:
@@ -104,6 +107,7 @@ class Sidecar:
             now = time.monotonic()
             if now - self._checked >= _CHECK_SECONDS:
                 self._checked = now
+                watchdog.alive()
                 if ended.poll(0):
                     _say(f"process {self.pid} has ended")
                     break
@@ -113,6 +117,7 @@ class Sidecar:
                 self._check_memory(now)
                 self._check_reads()
                 self._write_metrics(now)
+        notify("STOPPING=1")
         self.last = self.summary()
         self.release()
         self._written = 0.0
@@ -163,6 +168,7 @@ class Sidecar:
 
     def _obey(self) -> None:
         _say(f"{self.governor.state}: {self.governor.why}")
+        notify(f"STATUS={self.governor.state}: {self.governor.why}")
         if self.governor.state == states.ENGAGED:
             self.engage()
         else:

@@ -26,8 +26,9 @@ from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
 __all__ = [
     "COOKIE_METHOD",
     "emulated",
+    "has_uprobe_links",
     "load_typed_tracepoint",
-    "load_uprobe_session",
+    "load_uprobe",
     "map_array",
     "map_delete",
     "map_lookup",
@@ -40,6 +41,7 @@ __all__ = [
     "open_uprobe_session",
     "program_misses",
     "run_on_cpu",
+    "try_bpf",
 ]
 
 _NR_PERF_EVENT_OPEN = 298
@@ -48,10 +50,12 @@ _BPF_MAP_LOOKUP_ELEM, _BPF_MAP_UPDATE_ELEM, _BPF_MAP_DELETE_ELEM = 1, 2, 3
 _BPF_PROG_LOAD, _BPF_PROG_TEST_RUN, _BPF_OBJ_GET_INFO_BY_FD, _BPF_RAW_TRACEPOINT_OPEN = 5, 10, 15, 17
 _BPF_LINK_CREATE = 28
 _BPF_PROG_TYPE_KPROBE, _BPF_PROG_TYPE_TRACING = 2, 26
-_BPF_TRACE_RAW_TP, _BPF_PERF_EVENT, _BPF_TRACE_UPROBE_SESSION = 23, 41, 57
+_BPF_TRACE_RAW_TP, _BPF_PERF_EVENT, _BPF_TRACE_UPROBE_MULTI, _BPF_TRACE_UPROBE_SESSION = 23, 41, 48, 57
+_BPF_F_UPROBE_MULTI_RETURN = 1
 _PERF_TYPE_SOFTWARE = 1
 _PERF_FLAG_FD_CLOEXEC = 8
 _PERF_EVENT_IOC_ENABLE, _PERF_EVENT_IOC_SET_BPF = 0x2400, 0x40042408
+_NO_DESCRIPTOR = 0xFFFFFFFF  # -1 in the u32 that the system call reads
 _PERF_ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5
 _PMUS = Path("/sys/bus/event_source/devices")
 _UPROBE_PMU = _PMUS / "uprobe"
@@ -100,6 +104,15 @@ def map_lookup(fd: int, key: bytes, size: int) -> bytes | None:
     return v.raw
 
 
+def try_bpf() -> int:
+    """Return the errno of a bpf(2) that fails in any case: EBADF if the system call can be made."""
+    try:
+        map_lookup(_NO_DESCRIPTOR, bytes(4), 4)
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
 def map_array(fd: int, dtype: np.dtype[Any], entries: int) -> NDArray[Any]:
     """Return an array map (BPF_F_MMAPABLE) as a writable numpy array that shares the kernel's memory.
 
@@ -128,9 +141,14 @@ def load_typed_tracepoint(name: str, instructions: bytes, btf_type: int) -> int:
     return _load(name, instructions, _BPF_PROG_TYPE_TRACING, _BPF_TRACE_RAW_TP, btf_type)
 
 
-def load_uprobe_session(name: str, instructions: bytes) -> int:
-    """Load a program for :func:`open_uprobe_session`. The rest is as in :func:`load_typed_tracepoint`."""
-    return _load(name, instructions, _BPF_PROG_TYPE_KPROBE, _BPF_TRACE_UPROBE_SESSION, 0)
+def load_uprobe(name: str, instructions: bytes, *, session: bool = False) -> int:
+    """Load a program for :func:`open_uprobe`, or for :func:`open_uprobe_session`.
+
+    The rest is as in :func:`load_typed_tracepoint`. Kernels before 6.6, which do not know uprobe links, do not
+    look at what a program of this type is loaded for.
+    """
+    attach_type = _BPF_TRACE_UPROBE_SESSION if session else _BPF_TRACE_UPROBE_MULTI
+    return _load(name, instructions, _BPF_PROG_TYPE_KPROBE, attach_type, 0)
 
 
 def _load(name: str, instructions: bytes, kind: int, attach_type: int, btf_type: int) -> int:
@@ -276,6 +294,8 @@ def open_uprobe(
         on_return: attach to the function's return.
         cookie: what ``bpf_get_attach_cookie`` gives the program.
     """
+    with contextlib.suppress(OSError):  # 6.6; the other way takes CAP_SYS_ADMIN (perf_uprobe_event_init)
+        return _uprobe_link(path, {offset + _landing_pad(path, offset): cookie}, pid, program, on_return=on_return)
     try:
         kind = int((_UPROBE_PMU / "type").read_text())
         bit = int((_UPROBE_PMU / "format/retprobe").read_text().strip().removeprefix("config:"))
@@ -311,17 +331,39 @@ def open_uprobe_session(path: str, cookies: Mapping[int, int], pid: int, program
         path: as for :func:`open_uprobe`.
         cookies: what ``bpf_get_attach_cookie`` gives the program, by the function's offset in the file.
         pid: the process.
-        program: from :func:`load_uprobe_session`. Where it returns 1 on entry, it is not called at the return.
+        program: from :func:`load_uprobe`. Where it returns 1 on entry, it is not called at the return.
         what: for the error message.
     """
-    name = ctypes.create_string_buffer(os.fsencode(path))
-    n = len(cookies)
-    offsets = (ctypes.c_uint64 * n)(*(offset + _landing_pad(path, offset) for offset in cookies))
-    values = (ctypes.c_uint64 * n)(*cookies.values())
-    # prog_fd, target_fd, attach_type, flags; then path, offsets, ref_ctr_offsets, cookies, cnt, flags, pid
-    head = struct.pack("<IIII", program, 0, _BPF_TRACE_UPROBE_SESSION, 0)
-    addresses = ctypes.addressof(name), ctypes.addressof(offsets), 0, ctypes.addressof(values)
     try:
-        return _link_create(head + struct.pack("<QQQQIII", *addresses, n, 0, pid))
+        padded = {offset + _landing_pad(path, offset): cookie for offset, cookie in cookies.items()}
+        return _uprobe_link(path, padded, pid, program, kind=_BPF_TRACE_UPROBE_SESSION)
     except OSError as error:
         raise _cannot_attach(what, error.errno or 0) from error
+
+
+def has_uprobe_links(program: int) -> bool:
+    """Tell whether uprobes can be had without perf events, and so without CAP_SYS_ADMIN (6.6)."""
+    try:  # the head of an executable is mapped, and never executed
+        os.close(_uprobe_link("/proc/self/exe", {0: 0}, os.getpid(), program))
+    except OSError:
+        return False
+    return True
+
+
+def _uprobe_link(
+    path: str,
+    cookies: Mapping[int, int],
+    pid: int,
+    program: int,
+    *,
+    on_return: bool = False,
+    kind: int = _BPF_TRACE_UPROBE_MULTI,
+) -> int:
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    n = len(cookies)
+    offsets, values = (ctypes.c_uint64 * n)(*cookies), (ctypes.c_uint64 * n)(*cookies.values())
+    # prog_fd, target_fd, attach_type, flags; then path, offsets, ref_ctr_offsets, cookies, cnt, flags, pid
+    head = struct.pack("<IIII", program, 0, kind, 0)
+    addresses = ctypes.addressof(name), ctypes.addressof(offsets), 0, ctypes.addressof(values)
+    flags = _BPF_F_UPROBE_MULTI_RETURN if on_return else 0
+    return _link_create(head + struct.pack("<QQQQIII", *addresses, n, flags, pid))

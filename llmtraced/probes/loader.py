@@ -2,7 +2,7 @@
 
 BCC brings LLVM, 150 MB of it, needed for seconds. So it runs in a child (this module as a program) which compiles,
 loads, sends the descriptors of the programs and maps over a socket and exits; :func:`load` in the parent keeps only
-descriptors. The child may also move into a mount namespace of its own, to show BCC headers (:mod:`llmtraced.headers`).
+descriptors.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from llmtraced import headers, schema
+from llmtraced.capabilities import can_load, held
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
 from llmtraced.ggml_layout import OPERATOR_BYTES
 from llmtraced.probes import KERNEL_POINTS, btf, kernel
 from llmtraced.probes.points import Tracepoint
 from llmtraced.probes.shared import OP_RECORDS
+from llmtraced.target import kernel_device
 
 __all__ = [
     "FILES",
@@ -63,15 +65,15 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "on_read": "RAW_TRACEPOINT",
     "on_read_call": "KPROBE",
     "on_flush": "RAW_TRACEPOINT",
-    "on_graph": "KPROBE",
-    "on_graph_return": "KPROBE",
-    "on_mul_mat": "KPROBE",
-    "on_mul_mat_return": "KPROBE",
-    "on_any_op": "KPROBE",
+    "on_graph": "UPROBE",
+    "on_graph_return": "UPROBE",
+    "on_mul_mat": "UPROBE",
+    "on_mul_mat_return": "UPROBE",
+    "on_any_op": "UPROBE",
     "on_matrix": "UPROBE_SESSION",
-    "on_get_rows": "KPROBE",
+    "on_get_rows": "UPROBE",
 }
-"""BPF programs and their types; uprobes are of type KPROBE as well, and BCC does not know uprobe sessions."""
+"""BPF programs and their types; uprobes are of type KPROBE as well, in ways that BCC does not know."""
 
 _TYPED: Final = {p.program: p.name for p in KERNEL_POINTS if isinstance(p, Tracepoint) and p.typed}
 
@@ -86,6 +88,7 @@ _SYSCALLS_X86_64: Final = {
     "madvise": 28, "process_madvise": 440, "fadvise64": 221, "readahead": 187,
 }  # fmt: skip
 _HEADERS_TRIED: Final = 3
+_FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _ORIG_AX_OFFSET: Final = 120  # struct pt_regs, arch/x86/include/uapi/asm/ptrace.h
 _DISTRIBUTION_BCC: Final = ("/usr/lib/python3/dist-packages", "/usr/lib/python3*/site-packages")
 
@@ -111,7 +114,10 @@ class Sizes:
 
 @dataclass(slots=True)
 class Programs:
-    """What was loaded: descriptors of programs and maps, why others were refused, and what it took."""
+    """What was loaded: descriptors of programs and maps, why others were refused, and what it took.
+
+    ``needs_admin``: uprobes take CAP_SYS_ADMIN here.
+    """
 
     programs: dict[str, int]
     maps: dict[str, int]
@@ -120,6 +126,7 @@ class Programs:
     compile_rss_bytes: int
     headers: str
     bcc_version: str
+    needs_admin: bool = False
     sizes: Sizes = field(default_factory=Sizes)
 
     def close(self) -> None:
@@ -174,9 +181,16 @@ def compile_flags(sizes: Sizes, cpus: int, layout: Mapping[str, int]) -> list[st
         "LT_COOKIE_METHOD": kernel.COOKIE_METHOD,
         "LT_SYSCALL_OFFSET": _ORIG_AX_OFFSET,
         **layout,
+        **_pid_namespace(),
         **{f"SYSCALL_{name}": number for name, number in _SYSCALLS_X86_64.items()},
     }
     return [f"-D{name}={value}" for name, value in defines.items()]
+
+
+def _pid_namespace(ours: Path = Path("/proc/self/ns/pid")) -> dict[str, int]:
+    """Return what the programs must know to number processes as we do; the first pid namespace is 0."""
+    device, inode = kernel_device(ours)
+    return {"LT_PIDNS_DEV": device, "LT_PIDNS_INO": 0 if inode == _FIRST_PID_NAMESPACE else inode}
 
 
 def import_bcc() -> Any:
@@ -218,8 +232,8 @@ def compile_in_child(module: str, argument: str) -> tuple[dict[str, Any], list[i
     Raises:
         LlmtracedError: no permission, or what went wrong in the (first) child.
     """
-    if os.geteuid() != 0:
-        raise LlmtracedError("loading BPF programs needs root (CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN)", NO_PERMISSION)
+    if not can_load(held()):
+        raise LlmtracedError("loading BPF programs needs root, or CAP_BPF and CAP_PERFMON", NO_PERMISSION)
     first: LlmtracedError | None = None
     for skip in range(_HEADERS_TRIED):
         try:
@@ -302,11 +316,11 @@ def _compile(sizes: Sizes) -> tuple[dict[str, int], dict[str, Any]]:
     started = time.monotonic()
     bcc = import_bcc()
     found = headers.find()
-    headers.present(found)
     types = btf.running()
     flags = compile_flags(sizes, possible_cpus(), btf.kernel_layout(types))
     try:
-        bpf = bcc.BPF(text=source(), cflags=["-Wno-macro-redefined", *flags])
+        with headers.presented(found):
+            bpf = bcc.BPF(text=source(), cflags=["-Wno-macro-redefined", *flags])
     except Exception as error:
         raise LlmtracedError(f"BCC cannot compile them ({error})", UNSUPPORTED) from error
     descriptors: dict[str, int] = {}
@@ -316,8 +330,9 @@ def _compile(sizes: Sizes) -> tuple[dict[str, int], dict[str, Any]]:
             if name in _TYPED:  # BCC cannot say for which tracepoint
                 number = types.tracepoint_type(_TYPED[name])
                 descriptors[name] = kernel.load_typed_tracepoint(name, bpf.dump_func(name.encode()), number)
-            elif kind == "UPROBE_SESSION":
-                descriptors[name] = kernel.load_uprobe_session(name, bpf.dump_func(name.encode()))
+            elif kind.startswith("UPROBE"):
+                code, session = bpf.dump_func(name.encode()), kind == "UPROBE_SESSION"
+                descriptors[name] = kernel.load_uprobe(name, code, session=session)
             else:
                 descriptors[name] = bpf.load_func(name, getattr(bcc.BPF, kind)).fd
         except Exception as error:
@@ -333,6 +348,7 @@ def _compile(sizes: Sizes) -> tuple[dict[str, int], dict[str, Any]]:
         "compile_seconds": round(time.monotonic() - started, 3),
         "compile_rss_bytes": int(peak[1]) * 1024 if peak else 0,
         "headers": str(found),
+        "needs_admin": "on_graph" not in descriptors or not kernel.has_uprobe_links(descriptors["on_graph"]),
         "bcc_version": str(getattr(bcc, "__version__", "?")),
     }
 

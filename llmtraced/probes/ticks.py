@@ -145,7 +145,6 @@ def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1, ring_byt
 def _compile(width: int, ring_bytes: int) -> tuple[dict[str, int], dict[str, Any]]:
     started = time.monotonic()
     bcc = loader.import_bcc()
-    headers.present(headers.find())
     flags = {
         "LT_TICK_PAGES": ring_bytes // 4096,
         "LT_MARKS": MARKS,
@@ -160,7 +159,8 @@ def _compile(width: int, ring_bytes: int) -> tuple[dict[str, int], dict[str, Any
     }
     text = (loader.bpf_folder() / "ticks.bpf.c").read_text()
     try:
-        bpf = bcc.BPF(text=text, cflags=["-Wno-macro-redefined", *(f"-D{n}={v}" for n, v in flags.items())])
+        with headers.presented(headers.find()):
+            bpf = bcc.BPF(text=text, cflags=["-Wno-macro-redefined", *(f"-D{n}={v}" for n, v in flags.items())])
         descriptors = {name: bpf.load_func(name, bcc.BPF.KPROBE).fd for name in _PROGRAMS}
     except Exception as error:
         raise LlmtracedError(f"BCC cannot compile or load them ({error})", UNSUPPORTED) from error

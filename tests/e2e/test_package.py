@@ -38,3 +38,35 @@ def test_a_wheel_has_the_bpf_sources_and_loads_them(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == len(loader.PROGRAMS)
+
+
+def test_installed_and_uninstalled(tmp_path: Path) -> None:
+    """Into a folder, as packages are made; what runs there must not know of that folder."""
+    python = "/usr/bin/python3" if sys.base_prefix.startswith(("/root/", "/home/")) else sys.executable
+    make = ["make", "-s", "-C", str(ROOT), f"DESTDIR={tmp_path}", "PREFIX=/opt/here", f"PYTHON={python}"]
+    subprocess.run([*make, "install"], check=True, timeout=600)
+    here = tmp_path / "opt/here"
+    found = {str(p.relative_to(here)) for p in here.rglob("*") if "lib/llmtraced/" not in str(p) and not p.is_dir()}
+    assert found == {
+        "bin/llmtraced",
+        "lib/systemd/system/llmtraced-prefetch@.service",
+        "lib/systemd/system/llmtraced.service",
+        "lib/sysusers.d/llmtraced.conf",
+        "share/bash-completion/completions/llmtraced",
+        "share/man/man1/llmtraced.1",
+        "share/zsh/site-functions/_llmtraced",
+    }
+    for unit in (here / "lib/systemd/system").iterdir():
+        assert "/opt/here/bin/llmtraced" in unit.read_text()
+        assert "/usr/local" not in unit.read_text()
+    done = subprocess.run([here / "lib/llmtraced/bin/python", "-m", "llmtraced", "--version"], cwd="/", check=False)
+    assert done.returncode == 0
+    script = (here / "bin/llmtraced").read_text()
+    assert script.startswith("#!/opt/here/lib/llmtraced/bin/python")
+    assert str(tmp_path) not in script
+
+    (tmp_path / "etc/llmtraced.toml").write_text("# mine\n")
+    subprocess.run([*make, "install-files"], check=True)
+    subprocess.run([*make, "uninstall"], check=True)
+    assert [p for p in here.rglob("*") if not p.is_dir()] == []
+    assert (tmp_path / "etc/llmtraced.toml").read_text() == "# mine\n"

@@ -26,7 +26,7 @@ def test_root_with_everything() -> None:
 
 def test_not_root_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["llmtraced", "check", "--pid", "7"])
-    check = requirements.privileges(1000, ALL, HOST)
+    check = requirements.privileges(1000, "CapEff:\t0000000000000000\n", HOST)
     assert (check.status, check.required) == ("missing", True)
     assert check.remedy.startswith("sudo ")
     assert check.remedy.endswith(" -m llmtraced check --pid 7")
@@ -41,6 +41,7 @@ def test_root_of_a_container() -> None:
     enough = requirements.privileges(0, f"CapEff:\t{1 << 38 | 1 << 39:016x}\n", HOST)
     assert enough.status == "degraded"
     assert "CAP_SYS_PTRACE" in enough.detail
+    assert "user 7," in requirements.privileges(7, ALL, HOST).detail, "not who it is counts, but what it may"
     rootless = requirements.privileges(0, ALL, "         0       1000          1\n")
     assert rootless.status == "missing"
     assert "rootless" in rootless.detail

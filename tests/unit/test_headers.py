@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -185,24 +186,40 @@ def test_the_users_choice_comes_first(machine: Machine, tmp_path: Path) -> None:
         machine.find(chosen=str(machine.sources))
 
 
-def test_a_complete_tree_is_shown_through_the_environment(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("BCC_KERNEL_SOURCE", "")
-    monkeypatch.setattr(headers, "_MODULES", tmp_path / "there is none")
+VARIABLE = "BCC_KERNEL_SOURCE"
+
+
+def test_a_complete_tree_is_named_in_the_environment(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
     build = complete(machine.sources / "kernels/6.5.6", "6.5.6")
-    headers.present(machine.find())
-    assert os.environ["BCC_KERNEL_SOURCE"] == str(build)
+    with headers.presented(machine.find()):
+        assert os.environ[VARIABLE] == str(build)
+    assert VARIABLE not in os.environ
 
 
 def test_what_is_in_place_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BCC_KERNEL_SOURCE", "")
-    headers.present(headers.Headers(Path("/nowhere"), Path("/nowhere"), exact=True, in_place=True))
-    assert os.environ["BCC_KERNEL_SOURCE"] == ""
+    monkeypatch.setenv(VARIABLE, "as it was")
+    with headers.presented(headers.Headers(Path("/nowhere"), Path("/nowhere"), exact=True, in_place=True)):
+        assert os.environ[VARIABLE] == "as it was"
 
 
-def test_halves_need_a_folder_to_be_shown_in(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(headers, "_MODULES", tmp_path / "there is none")
-    debian(machine, "6.1.0-56", "common", "amd64")
-    with pytest.raises(LlmtracedError, match=r"mkdir .*there is none"):
-        headers.present(machine.find())
+def test_halves_are_merged_for_as_long_as_it_takes(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(VARIABLE, "as it was")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    build, source = debian(machine, "6.1.0-56", "common", "amd64")
+    write(build / "include/generated/autoconf.h", "generated")
+    write(source / "include/linux/kconfig.h", "plain")
+    write(source / "Makefile", "the source's, which does not count")
+    (build / "scripts").symlink_to("../nowhere")  # Debian's are in another package
+    with headers.presented(machine.find()):
+        whole = Path(os.environ[VARIABLE])
+        assert (whole / "include/generated/autoconf.h").read_text() == "generated"
+        assert (whole / "include/linux/kconfig.h").read_text() == "plain"
+        assert (whole / "arch/x86/include/generated").is_dir()
+        assert (whole / "Makefile").read_text().startswith("include")
+        assert headers.find(chosen=str(whole)).build == whole, "it is what is asked of a complete tree"
+    assert os.environ[VARIABLE] == "as it was"
+    assert list((tmp_path / "temporary").iterdir()) == []

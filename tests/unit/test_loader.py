@@ -29,7 +29,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
         script.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(script))
 
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(loader, "held", lambda: {"CAP_SYS_ADMIN"})
     return becomes
 
 
@@ -77,10 +77,18 @@ def test_headers_that_do_not_compile_make_room_for_others(
 
 
 def test_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(loader, "held", lambda: {"CAP_BPF", "CAP_SYS_PTRACE"})
     with pytest.raises(LlmtracedError, match="needs root") as caught:
         loader.load()
     assert caught.value.exit_code == NO_PERMISSION
+
+
+def test_a_pid_namespace_is_named_by_its_file(tmp_path: Path) -> None:
+    (tmp_path / "namespace").touch()
+    status = (tmp_path / "namespace").stat()
+    found = loader._pid_namespace(tmp_path / "namespace")
+    device = os.major(status.st_dev) << 20 | os.minor(status.st_dev)
+    assert found == {"LT_PIDNS_DEV": device, "LT_PIDNS_INO": status.st_ino}
 
 
 def test_flags_fit_the_sizes() -> None:
