@@ -28,6 +28,10 @@ class Config:
         scan: seconds between looks for new servers.
         ring: bytes of the event buffer, a power of two.
         tensors: a model with more tensors than this is exported by layer and component.
+        sidecars: folder in which sidecars say what they do, to be exported; empty: none.
+        tls_cert, tls_key: PEM files; ``/metrics`` is served over TLS with them.
+        user: who may read ``/metrics``; empty: everyone.
+        password_file: the hash of the user's password, of ``llmtraced daemon --hash-password``.
     """
 
     trace: str = "/var/lib/llmtraced"
@@ -37,6 +41,11 @@ class Config:
     scan: float = 2.0
     ring: int = 16 << 20
     tensors: int = 2000
+    sidecars: str = "/run/llmtraced-prefetch"
+    tls_cert: str = ""
+    tls_key: str = ""
+    user: str = ""
+    password_file: str = ""
 
     @property
     def address(self) -> tuple[str, int] | None:
@@ -55,6 +64,11 @@ class Config:
         for name, low in (("flush", 0.1), ("scan", 0.1), ("tensors", 0)):
             if not getattr(self, name) >= low:  # "not a number" is not either
                 raise LlmtracedError(f"{name}: must be at least {low}", USAGE)
+        for one, other in (("tls_cert", "tls_key"), ("user", "password_file")):
+            if bool(getattr(self, one)) != bool(getattr(self, other)):
+                raise LlmtracedError(f"{one}, {other}: there must be both or neither", USAGE)
+        if ":" in self.user:
+            raise LlmtracedError("user: must not have a colon", USAGE)
         if self.ring < 1 << 16 or self.ring & (self.ring - 1):
             raise LlmtracedError("ring: must be a power of two of at least 64K", USAGE)
 

@@ -15,19 +15,20 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import GCCollector, PlatformCollector, ProcessCollector, start_http_server
+from prometheus_client import GCCollector, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.registry import CollectorRegistry
 
 from llmtraced import target as targets
 from llmtraced.config import Config
-from llmtraced.errors import LlmtracedError, printable
+from llmtraced.errors import USAGE, LlmtracedError, printable
+from llmtraced.exposition import exposition
 from llmtraced.metrics import LlmtracedCollector
 from llmtraced.probes.loader import Sizes
 from llmtraced.probes.tracer import Tracer
 from llmtraced.recorder import Recorder
 from llmtraced.schema import Detail, Phase
+from llmtraced.serve import Access, MetricsServer, is_loopback
 from llmtraced.session import Session, session_metadata, session_name
 from llmtraced.store import TraceWriter, clean_leftovers
 
@@ -76,7 +77,7 @@ class Daemon:
         self._started = targets.start_ticks(os.getpid())
         self._refused: set[tuple[int, int]] = set()
         self._scanned = self._refreshed = 0.0
-        self._server: WSGIServer | None = None
+        self._server: MetricsServer | None = None
         if config.trace:
             n = clean_leftovers(Path(config.trace))
             if n:
@@ -103,20 +104,30 @@ class Daemon:
         if not self.config.address:
             return
         host, port = self.config.address
+        access = _access(self.config)
+        sidecars = Path(self.config.sidecars) if self.config.sidecars else None
+        collector = LlmtracedCollector(self.recorder, self.config.tensors, sidecars=sidecars)
         registry = CollectorRegistry()
-        registry.register(LlmtracedCollector(self.recorder, self.config.tensors))
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=registry)
+        for own in (ProcessCollector, PlatformCollector, GCCollector):
+            own(registry=registry)
+
+        def make() -> bytes:
+            return exposition(collector.collect()) + generate_latest(registry)
+
         try:
-            self._server, _ = start_http_server(port, host, registry)
+            self._server = MetricsServer(host, port, make, access)
         except OSError as error:
             raise LlmtracedError(f"cannot listen on {self.config.listen}: {error.strerror or error}") from error
-        log.info("metrics on http://%s:%d/metrics", host, self.port)
+        scheme = "https" if access.cert else "http"
+        log.info("metrics on %s://%s:%d/metrics", scheme, f"[{host}]" if ":" in host else host, self.port)
+        if not is_loopback(host) and not (access.user and access.cert):
+            open_to = "everyone who can reach it can read them" if not access.user else "the password is sent in clear"
+            log.warning("%s is not loopback: %s; see tls_cert, user, password_file", self.config.listen, open_to)
 
     @property
     def port(self) -> int:
         """The port of ``/metrics`` (the one that was chosen where the configuration says 0)."""
-        return int(self._server.server_port) if self._server else 0
+        return self._server.port if self._server else 0
 
     def step(self) -> None:
         """Wait a little, take what has come, look for processes when it is time."""
@@ -188,13 +199,31 @@ class Daemon:
     def close(self) -> None:
         """Stop listening, end all sessions, write everything."""
         if self._server:
-            self._server.shutdown()
-            self._server.server_close()
+            self._server.close()
         self.recorder.close()
         for session in self._sessions.values():
             self._tell_end(session)
         self._sessions.clear()
         self.tracer.close()
+
+
+def _access(config: Config) -> Access:
+    """Return how the metrics are protected.
+
+    Raises:
+        LlmtracedError: the file with the hash of the password cannot be read, or holds something else.
+    """
+    if not config.user:
+        return Access(config.tls_cert, config.tls_key)
+    where = f"password_file {printable(config.password_file)}"
+    try:
+        with open(config.password_file, encoding="utf-8") as stream:
+            word = stream.read(1000).strip()
+        return Access(config.tls_cert, config.tls_key, config.user, word)
+    except (OSError, ValueError) as error:
+        raise LlmtracedError(f"{where}: {getattr(error, 'strerror', None) or error}", USAGE) from error
+    except LlmtracedError as error:
+        raise LlmtracedError(f"{where}: {error}", USAGE) from error
 
 
 def _partition(target: targets.Target) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import logging
 import threading
 import time
@@ -22,6 +21,7 @@ from llmtraced.daemon import Daemon
 from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.metrics import LlmtracedCollector
 from llmtraced.residency import resident_parts
+from llmtraced.serve import is_loopback
 from llmtraced.snapshot import Place, Snapshot, Totals, snapshot
 
 __all__ = ["Attached", "DaemonSilentError", "Scraped", "Source", "open_source"]
@@ -105,7 +105,7 @@ class Scraped:
             raise LlmtracedError(f"{printable(url)!r} is not a URL like {DEFAULT_URL}", USAGE)
         self._url = url
         self._pid = pid
-        self._resident = _Residency() if _is_this_machine(known) else None
+        self._resident = _Residency() if is_loopback(known) else None
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is not for proxies
 
     def __enter__(self) -> Self:
@@ -190,13 +190,6 @@ class Attached:
         found = snapshot(self._collector.collect(), time.monotonic())
         assert found is not None
         return _finish(found, self._pid, self._resident)
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _finish(found: Snapshot, pid: int | None, resident: _Residency | None) -> Snapshot:

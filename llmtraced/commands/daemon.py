@@ -10,18 +10,24 @@ with everything on disk; the servers never notice.
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import logging
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
+from llmtraced.errors import USAGE, LlmtracedError
 from llmtraced.schema import Detail
 from llmtraced.values import duration, size
 
 log = logging.getLogger(__name__)
 
-_CHANGES = ("trace", "listen", "detail", "flush", "scan", "ring", "tensors")
+_CHANGES = (
+    *("trace", "listen", "detail", "flush", "scan", "ring", "tensors"),
+    *("sidecars", "tls_cert", "tls_key", "user", "password_file"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scan", type=duration, metavar="S", help="seconds between looks for new servers (2s)")
     parser.add_argument("--ring", type=size, metavar="SIZE", help="event buffer, a power of two (16M)")
     parser.add_argument("--tensors", type=int, metavar="N", help="most tensors to export one by one (2000)")
+    parser.add_argument("--sidecars", metavar="DIR", help="where sidecars say what they do; '' for nowhere")
+    parser.add_argument("--tls-cert", metavar="FILE", help="serve /metrics over TLS: certificate, PEM")
+    parser.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
+    parser.add_argument("--user", metavar="NAME", help="ask for this user and a password")
+    parser.add_argument("--password-file", metavar="FILE", help="the hash of the password")
+    parser.add_argument("--hash-password", action="store_true", help="ask for a password, print its hash, and end")
     parser.add_argument("--json", action="store_true", help="say on stdout what happens, a JSON object a line")
     parser.add_argument("--check-config", action="store_true", help="read the configuration, print it, and end")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run until a signal comes."""
+    if args.hash_password:
+        return _hash_password()
     from llmtraced.config import read_config
 
     config = read_config(args.config, {n: v for n in _CHANGES if (v := getattr(args, n)) is not None})
@@ -59,4 +73,14 @@ def run(args: argparse.Namespace) -> int:
     log.info("compiling the probes")
     Daemon(config, say if args.json else lambda _: None).run(lambda: bool(stop))
     log.info("stopped; everything is on disk")
+    return 0
+
+
+def _hash_password() -> int:
+    from llmtraced.password import hash_password
+
+    typed = getpass.getpass("password: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    if not typed:
+        raise LlmtracedError("there is no password on the input", USAGE)
+    print(hash_password(typed))
     return 0

@@ -22,6 +22,7 @@ from typing import Any, Final, NoReturn
 
 from llmtraced import ggml_layout
 from llmtraced.cgroup import cgroup_of
+from llmtraced.config import Config
 from llmtraced.errors import FAILED, NO_PERMISSION, UNSUPPORTED, LlmtracedError, printable
 from llmtraced.ggml_layout import Graph, Layout
 from llmtraced.gguf_map import Model
@@ -79,7 +80,8 @@ class Options:
         join: join the server's memory cgroup.
         ahead: layers ahead of the server that a mixture's experts are guessed, 0 to 2.
         clock: ``ticks``, ``pagetable``, or ``auto``: ticks where they can be had.
-        metrics: write metrics to this file, in Prometheus's text format.
+        metrics: write metrics to this file, in Prometheus's text format; None: to where the daemon looks, until the
+            end; empty: nowhere.
         json: print the summary as JSON.
     """
 
@@ -94,7 +96,7 @@ class Options:
     join: bool = True
     ahead: int = 1
     clock: str = "auto"
-    metrics: Path | None = None
+    metrics: str | None = None
     json: bool = False
 
 
@@ -365,9 +367,23 @@ def configuration(
         "depth": options.depth,
         # Without ticks there are no tokens to compare before engaging.
         "trial": _NEVER if options.strategy == "off" else options.trial if ticks is not None else 0,
-        "metrics": str(options.metrics.absolute()) if options.metrics else None,
+        "metrics": _metrics_file(target.pid, options.metrics),
+        "passing": options.metrics is None,
         "json": options.json,
     }
+
+
+def _metrics_file(pid: int, wanted: str | None) -> str | None:
+    """Return where to write metrics; None: nowhere."""
+    if wanted is not None:
+        return str(Path(wanted).absolute()) if wanted else None
+    folder = Path(Config().sidecars)
+    try:
+        folder.mkdir(0o755, exist_ok=True)
+    except OSError as error:
+        log.warning("cannot make %s (%s): the daemon will not know of this sidecar", folder, error.strerror)
+        return None
+    return str(folder / f"{pid}.prom")
 
 
 def become(config: Mapping[str, Any], target: Target, options: Options) -> NoReturn:

@@ -33,10 +33,11 @@ def test_defaults() -> None:
 def test_every_key_can_be_set(tmp_path: Path) -> None:
     path = write(
         tmp_path,
-        'trace = "/t"\nlisten = "[::1]:80"\ndetail = "full"\nflush = 1\nscan = 0.5\nring = 65536\ntensors = 0\n',
+        'trace = "/t"\nlisten = "[::1]:80"\ndetail = "full"\nflush = 1\nscan = 0.5\nring = 65536\ntensors = 0\n'
+        'sidecars = ""\ntls_cert = "/c"\ntls_key = "/k"\nuser = "u"\npassword_file = "/p"\n',
     )
     config = read_config(path)
-    assert config == Config("/t", "[::1]:80", "full", 1, 0.5, 65536, 0)
+    assert config == Config("/t", "[::1]:80", "full", 1, 0.5, 65536, 0, "", "/c", "/k", "u", "/p")
     assert config.address == ("::1", 80)
     text = path.read_text()
     assert [f.name for f in dataclasses.fields(Config) if f.name not in text] == [], "a new key belongs into this test"
@@ -98,6 +99,11 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, text: str, where: st
         ({"scan": -1.0}, "scan: must be at least 0.1"),
         ({"flush": float("nan")}, "flush: must be at least 0.1"),
         ({"tensors": -1}, "tensors: must be at least 0"),
+        ({"tls_cert": "/c"}, "tls_cert, tls_key: there must be both or neither"),
+        ({"tls_key": "/k"}, "tls_cert, tls_key: there must be both or neither"),
+        ({"user": "u"}, "user, password_file: there must be both or neither"),
+        ({"password_file": "/p"}, "user, password_file: there must be both or neither"),
+        ({"user": "a:b", "password_file": "/p"}, "user: must not have a colon"),
         ({"ring": 100_000}, "ring: must be a power of two"),
         ({"ring": 32768}, "ring: must be a power of two of at least 64K"),
     ],

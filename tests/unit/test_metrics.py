@@ -10,9 +10,9 @@ import pytest
 from fakes import FakeTracer, model, target, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from llmtraced.exposition import exposition
 from llmtraced.gguf_map import Model
 from llmtraced.metrics import LlmtracedCollector, tensor_totals
 from llmtraced.recorder import Recorder
@@ -61,10 +61,9 @@ def count(session: Session, file: int, offset: int, **counters: int) -> None:
 
 
 def scrape(recorder: Recorder, limit: int = 2000, **options: dict) -> Samples:  # type: ignore[type-arg]
-    registry = CollectorRegistry()
-    registry.register(LlmtracedCollector(recorder, limit, **options))
+    text = exposition(LlmtracedCollector(recorder, limit, **options).collect())
     found: Samples = {}
-    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+    for family in text_string_to_metric_families(text.decode()):
         assert family.documentation.strip(), family.name
         for sample in family.samples:
             key = sample.name, frozenset(sample.labels.items())
@@ -196,9 +195,7 @@ def test_exposition(recorder: Recorder) -> None:
 def test_names_and_units(recorder: Recorder) -> None:
     """The rules that `promtool check metrics` holds."""
     add(recorder, {"m": model(DENSE)})
-    registry = CollectorRegistry()
-    registry.register(LlmtracedCollector(recorder))
-    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+    for family in text_string_to_metric_families(exposition(LlmtracedCollector(recorder).collect()).decode()):
         assert family.name.startswith("llmtraced_")
         assert family.documentation.endswith(".")
         assert family.name == family.name.lower()
@@ -255,9 +252,7 @@ def test_evil_names_are_escaped(recorder: Recorder) -> None:
     tensors = [tensor(n, i * PAGE, PAGE, component=n, layer=i) for i, n in enumerate(EVIL)]
     session = add(recorder, {'m"\n\x1b.gguf': model(tensors)})
     count(session, 0, 0, major=9)
-    registry = CollectorRegistry()
-    registry.register(LlmtracedCollector(recorder))
-    text = generate_latest(registry).decode()
+    text = exposition(LlmtracedCollector(recorder).collect()).decode()
     assert all(c == "\n" or c.isprintable() for c in text)
     assert max(map(len, text.splitlines())) < 1000
     found = scrape(recorder)

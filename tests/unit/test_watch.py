@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from fakes import FakeTracer, model, target, tensor
-from prometheus_client import CollectorRegistry, generate_latest
 
 from llmtraced import watch
 from llmtraced.errors import NO_PERMISSION, USAGE, LlmtracedError
+from llmtraced.exposition import exposition
 from llmtraced.gguf_map import Model, Shard
 from llmtraced.metrics import LlmtracedCollector
 from llmtraced.recorder import Recorder
@@ -65,9 +65,7 @@ def serve() -> Iterator[Any]:
 
 
 def page_of(recorder: Recorder) -> bytes:
-    registry = CollectorRegistry()
-    registry.register(LlmtracedCollector(recorder))
-    return generate_latest(registry)
+    return exposition(LlmtracedCollector(recorder).collect())
 
 
 def silent_url() -> str:
@@ -127,7 +125,7 @@ def test_what_is_no_url_of_metrics(url: str) -> None:
     ("host", "here"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("10.0.0.1", False), ("h.local", False)]
 )
 def test_pids_are_looked_up_on_this_machine_only(host: str, here: bool) -> None:
-    assert watch._is_this_machine(host) == here
+    assert watch.is_loopback(host) == here
 
 
 class FakeDaemon:

@@ -1,0 +1,71 @@
+"""What sidecars say of themselves, for whoever scrapes the daemon.
+
+A sidecar must stay small, so it serves nothing: once a second it writes a text into a folder (``prefetch/told.py``),
+and the daemon hands on what is fresh. The texts are read with suspicion: known names only, bounded length.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from llmtraced.errors import printable
+from llmtraced.exposition import Family, Labels
+from llmtraced.prefetch.told import LABELS, METRICS, NAME
+
+__all__ = ["sidecar_families"]
+
+log = logging.getLogger(__name__)
+
+_FRESH_SECONDS: Final = 10.0  # a sidecar writes each second; one that was killed has left its last text behind
+_MOST_BYTES: Final = 64 << 10
+_MOST_FILES: Final = 64
+_LINE: Final = re.compile(r'([a-z_]+)\{pid="([0-9]{1,10})",model="((?:[^"\\]|\\.)*)"\} (\S+)')
+
+
+def sidecar_families(folder: Path) -> list[Family]:
+    """Return the series of the sidecars that have written into ``folder`` within the last seconds."""
+    families = {f"{NAME}{name}": Family(f"{NAME}{name}", text, kind) for name, kind, _, text in METRICS}
+    seen: set[tuple[str, tuple[str, ...]]] = set()
+    for text in _texts(folder):
+        for line in text.splitlines():
+            found = _LINE.fullmatch(line)
+            if found is None or found[1] not in families:
+                continue
+            try:
+                value = float(found[4])
+            except ValueError:
+                continue
+            labels = Labels(LABELS, (found[2], printable(_unescaped(found[3]))))
+            if math.isfinite(value) and (found[1], labels.values) not in seen:
+                seen.add((found[1], labels.values))
+                families[found[1]].add(labels, value)
+    return list(families.values())
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    """Yield the texts of files that are fresh."""
+    now = time.time()
+    try:
+        paths = sorted(folder.glob("*.prom"))[:_MOST_FILES]
+    except OSError:
+        return
+    for path in paths:
+        try:
+            # Opening a FIFO must not wait, and a link is nobody's text.
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with os.fdopen(fd, "rb") as stream:
+                if now - os.fstat(fd).st_mtime < _FRESH_SECONDS:
+                    yield (stream.read(_MOST_BYTES) or b"").decode("utf-8", "replace")
+        except OSError as error:
+            log.debug("%s: %s", path, error)
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1], text)
