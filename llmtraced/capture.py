@@ -130,7 +130,7 @@ class Capture:
             "account": self.session.account,
             "rows": self.session.writer.rows,
             "bytes": self.session.writer.bytes,
-            "missed": misses,
+            "missed": {program: n for program, n in misses.items() if n},
             "unplaced_pages": unplaced,
             "problems": self.session.problems,
         }
