@@ -24,6 +24,7 @@ from llmtraced.config import Config
 from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.exposition import exposition
 from llmtraced.metrics import LlmtracedCollector
+from llmtraced.prefetch.launch import is_sidecar
 from llmtraced.probes.loader import Sizes
 from llmtraced.probes.tracer import Tracer
 from llmtraced.recorder import Recorder
@@ -162,7 +163,7 @@ class Daemon:
         known = {pid for pid, _ in self._sessions}
         for target in targets.scan(changed, known=known):
             key = (target.pid, target.start)
-            if key not in self._refused:
+            if key not in self._refused and not is_sidecar(target.command):
                 self._begin(key, target, Phase.LOAD if target.start > self._started else Phase.UNKNOWN)
         self._sizes = sizes
 

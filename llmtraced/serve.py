@@ -121,6 +121,7 @@ class MetricsServer:
         try:
             with client, contextlib.suppress(OSError, ssl.SSLError):
                 client.settimeout(_HEAD_SECONDS)
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # pieces do not wait for delayed ACKs
                 if self._tls is None:
                     self._answer(client)
                 else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import logging
 import threading
@@ -11,7 +12,7 @@ import urllib.request
 from dataclasses import replace
 from types import TracebackType
 from typing import Final, Protocol, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -90,7 +91,7 @@ class Scraped:
     """A daemon's metrics.
 
     Args:
-        url: of them.
+        url: of them; with ``USER:PASSWORD@`` before the host where a password is asked for.
         pid: of the only process to show, or None.
     """
 
@@ -103,7 +104,9 @@ class Scraped:
             known = None
         if not known:
             raise LlmtracedError(f"{printable(url)!r} is not a URL like {DEFAULT_URL}", USAGE)
-        self._url = url
+        place, _, host = parts.netloc.rpartition("@")
+        self._url = urlunsplit(parts._replace(netloc=host))
+        self._login = base64.b64encode(unquote(place).encode()).decode() if place else ""
         self._pid = pid
         self._resident = _Residency() if is_loopback(known) else None
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is not for proxies
@@ -117,7 +120,10 @@ class Scraped:
     def snapshot(self) -> Snapshot:
         """Scrape once."""
         try:
-            with self._opener.open(self._url, timeout=_TIMEOUT_SECONDS) as response:
+            request = urllib.request.Request(self._url)  # noqa: S310 (http or https)
+            if self._login:
+                request.add_header("Authorization", f"Basic {self._login}")
+            with self._opener.open(request, timeout=_TIMEOUT_SECONDS) as response:
                 body = response.read(_MOST_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the dashboard into a .png or .svg")
     parser.add_argument("--since", metavar="S", type=duration, default=3600.0, help="how far a picture goes back (1h)")
     parser.add_argument("--window", metavar="S", type=duration, default=60.0, help="over which rates are taken (1m)")
+    parser.add_argument("--model", metavar="REGEX", default=".*", help="which models a picture shows (all)")
     add_output_arguments(parser)
 
 
@@ -60,6 +61,8 @@ def _plot(args: argparse.Namespace) -> int:
     check_output(args.plot, args.force)
     dashboard, end = DASHBOARDS[args.what], time.time()
     start = end - args.since
-    drawn = fetch(dashboard, Prometheus(args.prometheus), start, end, f"{max(round(args.window), 1)}s")
+    # The expression is quoted once more in PromQL.
+    model = args.model.replace("\\", "\\\\").replace('"', '\\"')
+    drawn = fetch(dashboard, Prometheus(args.prometheus), start, end, f"{max(round(args.window), 1)}s", model)
     write_output(draw(dashboard, drawn, start, end, kind), args.plot)
     return 0

@@ -132,7 +132,7 @@ _SERVERS: Final = Dashboard(
                     f"{_rate('llmtraced_read_bytes_total')} / ({_DECODED} > 0)",
                     "{{model}} ({{pid}})",
                 ),
-                Query(f"sum by ({_BY}) (llmtraced_model_bytes{_M})", "size of {{model}} ({{pid}})"),
+                Query(f"sum by ({_BY}) (llmtraced_model_bytes{_M})", "size of the model ({{pid}})"),
             ),
         ),
         Panel(
@@ -144,12 +144,13 @@ _SERVERS: Final = Dashboard(
         ),
         Panel(
             "Most faults, by tensor",
-            "Page faults a second, major and minor, of the ten tensors with the most.",
+            "Page faults a second, major and minor, of the ten tensors with the most. Behind a name: layer and "
+            "component.",
             "cps",
             (
                 Query(
                     f"topk(10, {_rate('llmtraced_tensor_faults_total', 'model, layer, component, tensor')})",
-                    "{{tensor}} layer {{layer}} {{component}}",
+                    "{{tensor}} {{layer}}/{{component}}",
                 ),
             ),
             kind="bargauge",

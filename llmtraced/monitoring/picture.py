@@ -18,7 +18,8 @@ _POINTS: Final = 240  # of a line
 _LEAST_STEP: Final = 1.0
 _COLUMNS: Final = 2
 _ROW_INCHES: Final = 2.6
-_NAME_LETTERS: Final = 38
+_NAME_LETTERS: Final = 50
+_BAR: Final = "#a6cee3"  # names are written on it
 _COUNTS: Final = (("thousand", 1e3), ("", 1.0))
 _UNITS: Final = {
     "bytes": ((*plots.BYTES, ("bytes", 1.0)), "{}"),
@@ -35,7 +36,9 @@ Drawn = list[tuple[Panel, list[tuple[str, Series]]]]
 """Panels with the series of their queries, named."""
 
 
-def fetch(dashboard: Dashboard, prometheus: Prometheus, start: float, end: float, window: str) -> Drawn:
+def fetch(
+    dashboard: Dashboard, prometheus: Prometheus, start: float, end: float, window: str, model: str = ".*"
+) -> Drawn:
     """Return what a dashboard shows from ``start`` to ``end`` (seconds since 1970).
 
     Args:
@@ -44,6 +47,7 @@ def fetch(dashboard: Dashboard, prometheus: Prometheus, start: float, end: float
         start: of the lines.
         end: of the lines; bars are as of then.
         window: over which rates are taken, as PromQL writes it: ``30s``.
+        model: regular expression of the models to show.
 
     Raises:
         LlmtracedError: no answer, an error, or it knows nothing at all of llmtraced.
@@ -53,7 +57,7 @@ def fetch(dashboard: Dashboard, prometheus: Prometheus, start: float, end: float
     for panel in dashboard.panels:
         named: list[tuple[str, Series]] = []
         for query in panel.queries:
-            expr = concrete(query.expr, window)
+            expr = concrete(query.expr, window, model)
             bars = panel.kind == "bargauge"
             found = prometheus.instant(expr, end) if bars else prometheus.range(expr, start, end, step)
             named += [(_legend(query.legend, series), series) for series in found]
@@ -110,8 +114,9 @@ def _short(name: str) -> str:
 
 
 def _bars(axes: Any, named: Sequence[tuple[str, Series]], scale: float, label: str) -> None:
-    axes.barh(range(len(named)), [one.values[0] / scale for _, one in named], color=plots.SERIES[0])
-    axes.set_yticks(range(len(named)), [_short(name) for name, _ in named], fontsize=7)
+    axes.barh(range(len(named)), [one.values[0] / scale for _, one in named], color=_BAR)
+    axes.set_yticks(range(len(named)), [_short(name) for name, _ in named], fontsize=7, ha="left", x=0.02)
+    axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_xlabel(label, fontsize=8)
@@ -124,14 +129,17 @@ def _lines(axes: Any, panel: Panel, named: Sequence[tuple[str, Series]], scale: 
         times = sorted({at for _, one in named for at in one.times})
         known = [dict(zip(one.times, one.values, strict=True)) for _, one in named]
         heights = [[values.get(at, 0.0) / scale for at in times] for values in known]
-        order = sorted(range(len(named)), key=lambda i: -sum(heights[i]))
-        axes.stackplot(
-            [(at - start) / 60 for at in times],
-            [heights[i] for i in order],
-            labels=[_short(named[i][0]) for i in order],
-            colors=[colours[n % len(colours)] for n in range(len(order))],
-            linewidth=0,
-        )
+        order = sorted((i for i, row in enumerate(heights) if any(row)), key=lambda i: -sum(heights[i]))
+        stack = [(_short(named[i][0]), heights[i]) for i in order[: len(colours)]]
+        rest = [heights[i] for i in order[len(colours) :]]
+        shades = colours[: len(stack)]
+        if rest:
+            stack.append((f"{len(rest)} more", [sum(values) for values in zip(*rest, strict=True)]))
+            shades = (*shades, plots.REST)
+        if stack:
+            minutes = [(at - start) / 60 for at in times]
+            names, rows = [name for name, _ in stack], [row for _, row in stack]
+            axes.stackplot(minutes, rows, labels=names, colors=shades, linewidth=0)
     else:
         for i, (name, one) in enumerate(named):
             style = ("-", "--", ":")[i // len(colours) % 3]
@@ -140,4 +148,5 @@ def _lines(axes: Any, panel: Panel, named: Sequence[tuple[str, Series]], scale: 
             axes.plot(minutes, values, style, color=colours[i % len(colours)], label=_short(name), linewidth=1.3)
     top = 100 if panel.unit == "percentunit" else None
     axes.set_ylim(0, top * 1.02 if top else max(axes.get_ylim()[1], 1e-9))
-    axes.legend(loc="best", fontsize=7, frameon=False, ncols=2 if len(named) > 4 else 1)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=7, framealpha=0.8, edgecolor="none", ncols=2 if len(named) > 4 else 1)

@@ -14,7 +14,7 @@ import socket
 import sys
 import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +35,7 @@ from llmtraced.probes import ticks as tick_probes
 from llmtraced.probes.ticks import Ticks
 from llmtraced.target import ModelFile, Target, find_target
 
-__all__ = ["STRATEGIES", "Options", "live_plan", "run"]
+__all__ = ["STRATEGIES", "Options", "is_sidecar", "live_plan", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +146,11 @@ def run(pid: int, options: Options) -> NoReturn:
         config["keep"].append(experts["code"])
     config["keep"].append(only.detach())
     become(config, target, options)
+
+
+def is_sidecar(command: Sequence[str]) -> bool:
+    """Tell whether a process's arguments are those of a sidecar: it has a model mapped, but is no server."""
+    return _CODE in command
 
 
 def live_plan(pid: int) -> Plan:

@@ -221,6 +221,8 @@ def sidecar(told: Story, engine: Server, group: MemoryCgroup) -> Iterator[None]:
         wait_until(streams, 90, "the sidecar's figures reach Prometheus")
         yield
         assert path.exists()
+        assert {dict(have).get("pid") for _, have in told.scrape()} >= {told.pid}
+        assert not [k for k in told.scrape() if ("pid", str(child.pid)) in k[1]], "a sidecar is not a server"
     assert not path.exists()
     wait_until(lambda: locked(group) < HARDLY, 10, "what was locked is let go of")
 
@@ -337,6 +339,7 @@ def test_prefetch_precision(story: Story) -> None:
         for name in ("used", "late", "missed", "wasted")
     )
     assert used > 0
+    assert part.increase("llmtraced_read_bytes_total", pid=story.pid, cause="prefetcher") > 0
     (one,) = ask(story, "prefetch precision", part)
     assert one.values[0] == pytest.approx((used + late) / (used + late + wasted), rel=0.01)
     (one,) = ask(story, "prefetch recall", part)

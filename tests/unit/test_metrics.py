@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -282,3 +284,42 @@ def test_a_session_that_ends_takes_its_series_along(recorder: Recorder) -> None:
     assert [n for n, _ in scrape(recorder) if n == "llmtraced_tensor_read_bytes_total"]
     recorder.remove(session)
     assert not [n for n, ls in scrape(recorder) if "pid" in dict(ls)]
+
+
+@pytest.mark.parametrize(("n", "limit"), [(1, 2000), (30, 2000), (30, 0)])
+def test_the_number_of_series_is_what_docs_metrics_md_says(recorder: Recorder, n: int, limit: int) -> None:
+    before = len(scrape(recorder, limit))
+    tensors = [tensor(f"blk.{i // 3}.{i % 3}", i * PAGE, PAGE, layer=i // 3, component=str(i % 3)) for i in range(n)]
+    add(recorder, {"main": model(tensors), "draft": model(tensors[:1])})
+    groups = n + 1  # by tensor, or as many pairs of layer and component
+    assert len(scrape(recorder, limit)) - before == 6 * (groups + 1) + 6 * 2 + 27
+    assert before == 1 + 2 + 1 + 9  # build, attached, missed; and the rest
+
+
+def test_names_that_are_the_same_once_they_are_cut_are_one_series(recorder: Recorder) -> None:
+    session = add(recorder, {"m": model([tensor("x" * 300 + end, i * PAGE, PAGE) for i, end in enumerate("ab")])})
+    count(session, 0, 0, added_fault=1)
+    count(session, 0, PAGE, added_fault=2)
+    found = scrape(recorder)
+    (name,) = {dict(labels)["tensor"] for n, labels in found if n == "llmtraced_tensor_read_bytes_total"} - {""}
+    assert value(found, "llmtraced_tensor_read_bytes_total", tensor=name) == 3 * PAGE
+
+
+def test_a_scrape_of_2000_tensors_takes_less_than_a_tenth_of_a_second(recorder: Recorder) -> None:
+    tensors = [tensor(f"blk.{i // 9}.ffn_{i % 9}.weight", i * 9000, 9000, layer=i // 9) for i in range(2000)]
+    add(recorder, {"m.gguf": model(tensors)})
+    collector = LlmtracedCollector(recorder)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        text = exposition(collector.collect())
+        seconds.append(time.perf_counter() - begin)
+    assert text.count(b"llmtraced_tensor_faults_total{") == 2 * 2001
+    assert min(seconds) < 0.1, seconds
+
+
+def test_sidecars_are_handed_on(recorder: Recorder, tmp_path: Path) -> None:
+    (tmp_path / "7.prom").write_text('llmtraced_prefetch_engaged{pid="7",model="m"} 1\n')
+    found = scrape(recorder, sidecars=tmp_path)  # type: ignore[arg-type]
+    assert value(found, "llmtraced_prefetch_engaged", pid="7", model="m") == 1
+    assert not [name for name, _ in scrape(recorder) if "prefetch" in name]

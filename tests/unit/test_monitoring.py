@@ -90,6 +90,10 @@ def answer(url: str) -> dict[str, Any]:
     query = asked["query"][0]
     if "nothing" in query:
         return {"status": "success", "data": {"result": []}}
+    if "(component)" in query:
+        many = [({"component": f"c{n}"}, str(n)) for n in range(10)]
+        result = [{"metric": labels, "values": [[float(asked["start"][0]), value]]} for labels, value in many]
+        return {"status": "success", "data": {"result": result}}
     if "wrong" in query:
         return {"status": "error", "error": "parse error \x1b[2J"}
     labels = {"model": "m\x1b$x$.gguf", "pid": "7", "layer": "3", "cause": "fault", "tensor": "blk.3.ffn_gate.weight"}
@@ -134,6 +138,10 @@ def test_a_picture(tmp_path: Path, prometheus: str, name: str, kind: str) -> Non
     words = ["monitoring", name, "--prometheus", prometheus + "/", "--plot", str(path), "--since", "10m"]
     assert main(words) == 0
     assert path.read_bytes().startswith(b"\x89PNG" if kind == "png" else b"<?xml")
+    if kind == "svg" and name == "servers":
+        drawn = set(re.findall(r"<!-- (.*?) -->", path.read_text()))
+        assert {"c9", "c4", "3 more", "no data", "Stall share", "layer 2"} <= drawn  # c0 is nothing
+        assert not {"c3", "c0"} & drawn
     assert main(words) == 1  # it is there
     assert main([*words, "--force"]) == 0
 
