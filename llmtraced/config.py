@@ -28,7 +28,7 @@ class Config:
         scan: seconds between looks for new servers.
         ring: bytes of the event buffer, a power of two.
         tensors: a model with more tensors than this is exported by layer and component.
-        sidecars: folder in which sidecars say what they do, to be exported; empty: none.
+        sidecars: pattern of the files in which sidecars say what they do, to be exported; empty: none.
         tls_cert, tls_key: PEM files; ``/metrics`` is served over TLS with them.
         user: who may read ``/metrics``; empty: everyone.
         password_file: the hash of the user's password, of ``llmtraced daemon --hash-password``.
@@ -41,7 +41,7 @@ class Config:
     scan: float = 2.0
     ring: int = 16 << 20
     tensors: int = 2000
-    sidecars: str = "/run/llmtraced-prefetch"
+    sidecars: str = "/run/llmtraced-prefetch*/*.prom"
     tls_cert: str = ""
     tls_key: str = ""
     user: str = ""

@@ -106,8 +106,7 @@ class Daemon:
             return
         host, port = self.config.address
         access = _access(self.config)
-        sidecars = Path(self.config.sidecars) if self.config.sidecars else None
-        collector = LlmtracedCollector(self.recorder, self.config.tensors, sidecars=sidecars)
+        collector = LlmtracedCollector(self.recorder, self.config.tensors, sidecars=self.config.sidecars)
         registry = CollectorRegistry()
         for own in (ProcessCollector, PlatformCollector, GCCollector):
             own(registry=registry)

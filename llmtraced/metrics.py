@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +112,7 @@ class LlmtracedCollector:
         recorder: whose sessions are shown.
         tensor_limit: a session with more tensors than this is shown by layer and component instead.
         gauges: further figures of the caller: name → (help, function).
-        sidecars: folder in which sidecars say what they do; None: none.
+        sidecars: pattern of the files in which sidecars say what they do; empty: none.
     """
 
     def __init__(
@@ -121,7 +120,7 @@ class LlmtracedCollector:
         recorder: Recorder,
         tensor_limit: int = 2000,
         gauges: dict[str, tuple[str, Callable[[], float]]] | None = None,
-        sidecars: Path | None = None,
+        sidecars: str = "",
     ) -> None:
         self._recorder = recorder
         self._limit = tensor_limit

@@ -1,18 +1,18 @@
 """What sidecars say of themselves, for whoever scrapes the daemon.
 
-A sidecar must stay small, so it serves nothing: once a second it writes a text into a folder (``prefetch/told.py``),
-and the daemon hands on what is fresh. The texts are read with suspicion: known names only, bounded length.
+A sidecar must stay small, so it serves nothing: once a second it writes a text into a file (``prefetch/told.py``), and
+the daemon hands on what is fresh. The texts are read with suspicion: known names only, bounded length.
 """
 
 from __future__ import annotations
 
+import glob
 import logging
 import math
 import os
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from llmtraced.errors import printable
@@ -29,11 +29,11 @@ _MOST_FILES: Final = 64
 _LINE: Final = re.compile(r'([a-z_]+)\{pid="([0-9]{1,10})",model="((?:[^"\\]|\\.)*)"\} (\S+)')
 
 
-def sidecar_families(folder: Path) -> list[Family]:
-    """Return the series of the sidecars that have written into ``folder`` within the last seconds."""
+def sidecar_families(pattern: str) -> list[Family]:
+    """Return the series of sidecars whose files match ``pattern`` and are not older than some seconds."""
     families = {f"{NAME}{name}": Family(f"{NAME}{name}", text, kind) for name, kind, _, text in METRICS}
     seen: set[tuple[str, tuple[str, ...]]] = set()
-    for text in _texts(folder):
+    for text in _texts(pattern):
         for line in text.splitlines():
             found = _LINE.fullmatch(line)
             if found is None or found[1] not in families:
@@ -49,14 +49,10 @@ def sidecar_families(folder: Path) -> list[Family]:
     return list(families.values())
 
 
-def _texts(folder: Path) -> Iterator[str]:
+def _texts(pattern: str) -> Iterator[str]:
     """Yield the texts of files that are fresh."""
     now = time.time()
-    try:
-        paths = sorted(folder.glob("*.prom"))[:_MOST_FILES]
-    except OSError:
-        return
-    for path in paths:
+    for path in sorted(glob.glob(pattern))[:_MOST_FILES]:  # noqa: PTH207 (an absolute pattern)
         try:
             # Opening a FIFO must not wait, and a link is nobody's text.
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scan", type=duration, metavar="S", help="seconds between looks for new servers (2s)")
     parser.add_argument("--ring", type=size, metavar="SIZE", help="event buffer, a power of two (16M)")
     parser.add_argument("--tensors", type=int, metavar="N", help="most tensors to export one by one (2000)")
-    parser.add_argument("--sidecars", metavar="DIR", help="where sidecars say what they do; '' for nowhere")
+    parser.add_argument("--sidecars", metavar="PATTERN", help="files in which sidecars say what they do; '' for none")
     parser.add_argument("--tls-cert", metavar="FILE", help="serve /metrics over TLS: certificate, PEM")
     parser.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
     parser.add_argument("--user", metavar="NAME", help="ask for this user and a password")

@@ -22,7 +22,6 @@ from typing import Any, Final, NoReturn
 
 from llmtraced import ggml_layout
 from llmtraced.cgroup import cgroup_of
-from llmtraced.config import Config
 from llmtraced.errors import FAILED, NO_PERMISSION, UNSUPPORTED, LlmtracedError, printable
 from llmtraced.ggml_layout import Graph, Layout
 from llmtraced.gguf_map import Model
@@ -31,6 +30,7 @@ from llmtraced.prefetch.clock import BEGIN, TickRing
 from llmtraced.prefetch.plan import Plan
 from llmtraced.prefetch.policy import CHUNK
 from llmtraced.prefetch.routing import mixture
+from llmtraced.prefetch.told import FOLDER
 from llmtraced.probes import ticks as tick_probes
 from llmtraced.probes.ticks import Ticks
 from llmtraced.target import ModelFile, Target, find_target
@@ -382,7 +382,7 @@ def _metrics_file(pid: int, wanted: str | None) -> str | None:
     """Return where to write metrics; None: nowhere."""
     if wanted is not None:
         return str(Path(wanted).absolute()) if wanted else None
-    folder = Path(Config().sidecars)
+    folder = Path(FOLDER)
     try:
         folder.mkdir(0o755, exist_ok=True)
     except OSError as error:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["LABELS", "METRICS", "NAME", "metrics_text", "words"]
+__all__ = ["FOLDER", "LABELS", "METRICS", "NAME", "metrics_text", "words"]
+
+FOLDER = "/run/llmtraced-prefetch"
+"""Where the daemon looks for metrics (llmtraced.config), among other places."""
 
 NAME = "llmtraced_prefetch_"
 LABELS = ("pid", "model")

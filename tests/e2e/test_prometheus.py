@@ -33,10 +33,10 @@ from llmtraced.bench import models
 from llmtraced.bench.engine import Server, free_port, stop
 from llmtraced.bench.pressure import MemoryCgroup, drop_cache
 from llmtraced.commands import main
-from llmtraced.config import Config
 from llmtraced.monitoring.panels import DASHBOARDS, Panel, concrete
 from llmtraced.monitoring.prometheus import Prometheus, Series
 from llmtraced.password import hash_password
+from llmtraced.prefetch.told import FOLDER
 
 pytestmark = pytest.mark.e2e
 
@@ -210,7 +210,7 @@ def story(llama_server: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def sidecar(told: Story, engine: Server, group: MemoryCgroup) -> Iterator[None]:
     """A sidecar that tells of itself where the daemon looks by default; there is nothing of it there in the end."""
     command = [sys.executable, "-m", "llmtraced", "prefetch", "--pid", str(engine.pid), "--trial", "0"]
-    path = Path(Config().sidecars) / f"{engine.pid}.prom"
+    path = Path(FOLDER) / f"{engine.pid}.prom"
     with running(command, told.folder / "sidecar.log") as child:
 
         def streams() -> bool:

@@ -320,6 +320,6 @@ def test_a_scrape_of_2000_tensors_takes_less_than_a_tenth_of_a_second(recorder: 
 
 def test_sidecars_are_handed_on(recorder: Recorder, tmp_path: Path) -> None:
     (tmp_path / "7.prom").write_text('llmtraced_prefetch_engaged{pid="7",model="m"} 1\n')
-    found = scrape(recorder, sidecars=tmp_path)  # type: ignore[arg-type]
+    found = scrape(recorder, sidecars=f"{tmp_path}/*.prom")  # type: ignore[arg-type]
     assert value(found, "llmtraced_prefetch_engaged", pid="7", model="m") == 1
     assert not [name for name, _ in scrape(recorder) if "prefetch" in name]

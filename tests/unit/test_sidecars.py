@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import time
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 from test_prefetch_told import summary
 
+from llmtraced.config import Config
 from llmtraced.exposition import exposition
-from llmtraced.prefetch.told import METRICS, metrics_text
+from llmtraced.prefetch.told import FOLDER, METRICS, metrics_text
 from llmtraced.sidecars import sidecar_families
 
 
 def found(folder: Path) -> dict[tuple[str, str, str], float]:
-    text = exposition(sidecar_families(folder)).decode()
+    text = exposition(sidecar_families(f"{folder}/*.prom")).decode()
     samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
     values = {(s.name, s.labels["pid"], s.labels["model"]): s.value for s in samples}
     assert len(values) == len(samples), "Prometheus takes no series twice"
@@ -80,3 +82,9 @@ def test_what_is_not_theirs_is_left_out(tmp_path: Path) -> None:
 def test_control_characters_are_escaped(tmp_path: Path) -> None:
     write(tmp_path, 7, "\x1b[2J\u202e")
     assert {model for _, _, model in found(tmp_path)} == {"\\x1b[2J\\u202e"}
+
+
+def test_the_daemon_looks_where_sidecars_write() -> None:
+    assert fnmatch.fnmatch(f"{FOLDER}/7.prom", Config().sidecars)
+    assert fnmatch.fnmatch(f"{FOLDER}-llama-server/metrics.prom", Config().sidecars)  # RuntimeDirectory= of a unit
+    assert not fnmatch.fnmatch(f"{FOLDER}/7.prom.tmp", Config().sidecars)
