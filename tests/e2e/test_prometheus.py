@@ -148,7 +148,11 @@ def write_configuration(folder: Path, port: int) -> None:
     configuration = {
         "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(RULES)],
-        "scrape_configs": [job("llmtraced", PASSWORD), job("guesses", "wrong")],
+        "scrape_configs": [
+            job("llmtraced", PASSWORD),
+            # A wrong password is answered after a pause.
+            job("guesses", "wrong") | {"scrape_interval": "10s", "scrape_timeout": "10s"},
+        ],
     }
     (folder / "prometheus.yml").write_text(json.dumps(configuration))  # JSON is YAML
 
@@ -251,10 +255,14 @@ def test_nothing_documented_is_left_out() -> None:
 
 def test_tls_and_password_are_asked_for(story: Story) -> None:
     assert story.value('up{job="llmtraced"}') == 1
-    assert story.value('up{job="guesses"}') == 0
-    targets = story.prometheus.ask("targets")["activeTargets"]
-    (wrong,) = [t for t in targets if t["labels"]["job"] == "guesses"]
-    assert "401 Unauthorized" in wrong["lastError"]
+    wait_until(lambda: story.value('up{job="guesses"}') == 0, 30, "a wrong password is no scrape")
+
+    def refused() -> bool:
+        targets = story.prometheus.ask("targets")["activeTargets"]
+        (wrong,) = [t for t in targets if t["labels"]["job"] == "guesses"]
+        return "401 Unauthorized" in wrong["lastError"]
+
+    wait_until(refused, 30, "it is refused")
 
 
 def test_promtool_finds_nothing_wrong_with_the_metrics(story: Story) -> None:
