@@ -22,7 +22,7 @@ system:
 	@missing=""; \
 	test -e /usr/lib/python3/dist-packages/bcc/__init__.py || $(PYTHON) -c 'import bcc' 2>/dev/null || missing="$$missing python3-bpfcc"; \
 	ls -d /usr/src/linux-headers-* /usr/src/kernels/* /lib/modules/$$(uname -r)/build 2>/dev/null | grep -q . || missing="$$missing linux-headers"; \
-	for tool in cmake g++ $(CLANG_FORMAT); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	for tool in cmake g++ openssl $(CLANG_FORMAT); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 	test -x /lib/systemd/systemd || missing="$$missing systemd"; \
 	command -v ip >/dev/null || missing="$$missing iproute2"; \
 	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
@@ -46,6 +46,15 @@ $(VENV)/.installed: pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,plots]'
 	@touch $@
 
+# For the end-to-end tests. Unpacked and not installed: the package starts a service.
+$(VENV)/.prometheus: $(VENV)/.installed
+	@echo "fetching Debian's Prometheus"
+	@rm -rf $(VENV)/prometheus && mkdir $(VENV)/prometheus
+	@cd $(VENV)/prometheus && { apt-get download -qq prometheus >/dev/null 2>&1 || \
+	  { $(AS_ROOT) apt-get update -qq; apt-get download -qq prometheus; }; } && dpkg -x prometheus_*.deb . && rm prometheus_*.deb
+	@ln -sf ../prometheus/usr/bin/prometheus ../prometheus/usr/bin/promtool $(BIN)/
+	@touch $@
+
 test: lint types unit kernel e2e ## all of it
 
 lint: venv ## style, import directions, formatting of Python and BPF
@@ -63,7 +72,7 @@ unit: venv ## no root, seconds
 kernel: venv ## real probes, real faults, exact counts (root)
 	$(AS_ROOT) $(BIN)/python -m pytest tests/kernel -q
 
-e2e: venv ## a real llama-server with a real model (root)
+e2e: venv $(VENV)/.prometheus ## a real llama-server with a real model (root)
 	$(AS_ROOT) $(BIN)/python -m pytest tests/e2e -q
 
 CASES ?= 5000000

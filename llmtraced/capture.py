@@ -153,7 +153,7 @@ class Capture:
             "account": self.session.account,
             "rows": self.session.writer.rows,
             "bytes": self.session.writer.bytes,
-            "missed": misses,
+            "missed": {program: n for program, n in misses.items() if n},
             "unplaced_pages": unplaced,
             "problems": self.session.problems,
         }

@@ -31,6 +31,10 @@ class Config:
         keep_age: seconds that files of traces are kept; 0: for ever.
         keep_size: bytes of traces that are kept; 0: any.
         cpu: processor seconds a second that may be used before less is recorded; 0: any.
+        sidecars: pattern of the files in which sidecars say what they do, to be exported; empty: none.
+        tls_cert, tls_key: PEM files; ``/metrics`` is served over TLS with them.
+        user: who may read ``/metrics``; empty: everyone.
+        password_file: the hash of the user's password, of ``llmtraced daemon --hash-password``.
     """
 
     trace: str = "/var/lib/llmtraced"
@@ -43,6 +47,11 @@ class Config:
     keep_age: float = 30 * 86_400.0
     keep_size: int = 20 << 30
     cpu: float = 0.5
+    sidecars: str = "/run/llmtraced-prefetch*/*.prom"
+    tls_cert: str = ""
+    tls_key: str = ""
+    user: str = ""
+    password_file: str = ""
 
     @property
     def address(self) -> tuple[str, int] | None:
@@ -61,6 +70,11 @@ class Config:
         for name, low in (("flush", 0.1), ("scan", 0.1), ("tensors", 0), ("keep_age", 0), ("keep_size", 0), ("cpu", 0)):
             if not getattr(self, name) >= low:  # "not a number" is not either
                 raise LlmtracedError(f"{name}: must be at least {low}", USAGE)
+        for one, other in (("tls_cert", "tls_key"), ("user", "password_file")):
+            if bool(getattr(self, one)) != bool(getattr(self, other)):
+                raise LlmtracedError(f"{one}, {other}: there must be both or neither", USAGE)
+        if ":" in self.user:
+            raise LlmtracedError("user: must not have a colon", USAGE)
         if self.ring < 1 << 16 or self.ring & (self.ring - 1):
             raise LlmtracedError("ring: must be a power of two of at least 64K", USAGE)
 

@@ -16,23 +16,25 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import GCCollector, PlatformCollector, ProcessCollector, start_http_server
+from prometheus_client import GCCollector, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.registry import CollectorRegistry
 
 from llmtraced import capabilities
 from llmtraced import target as targets
 from llmtraced.config import Config
 from llmtraced.dial import Governor
-from llmtraced.errors import LlmtracedError, printable
+from llmtraced.errors import USAGE, LlmtracedError, printable
+from llmtraced.exposition import exposition
 from llmtraced.metrics import LlmtracedCollector
+from llmtraced.prefetch.unit import is_sidecar
 from llmtraced.probes import kernel
 from llmtraced.probes.loader import Sizes
 from llmtraced.probes.tracer import Tracer
 from llmtraced.recorder import Recorder
 from llmtraced.retention import Keeper
 from llmtraced.schema import Detail, Phase
+from llmtraced.serve import Access, MetricsServer, is_loopback
 from llmtraced.service import Watchdog, notify
 from llmtraced.session import Session, session_metadata, session_name
 from llmtraced.store import TraceWriter, clean_leftovers
@@ -81,7 +83,7 @@ class Daemon:
         self._started = targets.start_ticks(os.getpid())
         self._refused: set[tuple[int, int]] = set()
         self._scanned = self._refreshed = 0.0
-        self._server: WSGIServer | None = None
+        self._server: MetricsServer | None = None
         self._governor = Governor(self.detail, config.cpu)
         self._keeper: Keeper | None = None
         self._pruned = -_PRUNE_SECONDS
@@ -116,20 +118,29 @@ class Daemon:
         if not self.config.address:
             return
         host, port = self.config.address
+        access = _access(self.config)
+        collector = LlmtracedCollector(self.recorder, self.config.tensors, sidecars=self.config.sidecars)
         registry = CollectorRegistry()
-        registry.register(LlmtracedCollector(self.recorder, self.config.tensors))
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=registry)
+        for own in (ProcessCollector, PlatformCollector, GCCollector):
+            own(registry=registry)
+
+        def make() -> bytes:
+            return exposition(collector.collect()) + generate_latest(registry)
+
         try:
-            self._server, _ = start_http_server(port, host, registry)
+            self._server = MetricsServer(host, port, make, access)
         except OSError as error:
             raise LlmtracedError(f"cannot listen on {self.config.listen}: {error.strerror or error}") from error
-        log.info("metrics on http://%s:%d/metrics", host, self.port)
+        scheme = "https" if access.cert else "http"
+        log.info("metrics on %s://%s:%d/metrics", scheme, f"[{host}]" if ":" in host else host, self.port)
+        if not is_loopback(host) and not (access.user and access.cert):
+            open_to = "everyone who can reach it can read them" if not access.user else "the password is sent in clear"
+            log.warning("%s is not loopback: %s; see tls_cert, user, password_file", self.config.listen, open_to)
 
     @property
     def port(self) -> int:
         """The port of ``/metrics`` (the one that was chosen where the configuration says 0)."""
-        return int(self._server.server_port) if self._server else 0
+        return self._server.port if self._server else 0
 
     def step(self) -> None:
         """Wait a little, take what has come, look for processes when it is time."""
@@ -190,7 +201,7 @@ class Daemon:
             try:
                 for target in targets.scan([pid], known=known):
                     key = (target.pid, target.start)
-                    if key not in self._refused:
+                    if key not in self._refused and not is_sidecar(target.command):
                         self._begin(key, target, Phase.LOAD if target.start > self._started else Phase.UNKNOWN)
             except Exception:  # of one process; it is looked at again when its size has changed
                 log.exception("process %d cannot be looked at", pid)
@@ -235,8 +246,7 @@ class Daemon:
     def close(self) -> None:
         """Stop listening, end all sessions, write everything."""
         if self._server:
-            self._server.shutdown()
-            self._server.server_close()
+            self._server.close()
         self.recorder.close()
         for session in self.recorder.ended():
             self._tell_end(session)
@@ -265,6 +275,25 @@ def _confine(*, needs_admin: bool) -> None:
         log.info("kept of all capabilities: %s", ", ".join(sorted(keep)))
         if any(capabilities.held(path.read_text()) - keep for path in Path("/proc/self/task").glob("*/status")):
             log.warning("a thread of a library has kept more")
+
+
+def _access(config: Config) -> Access:
+    """Return how the metrics are protected.
+
+    Raises:
+        LlmtracedError: the file with the hash of the password cannot be read, or holds something else.
+    """
+    if not config.user:
+        return Access(config.tls_cert, config.tls_key)
+    where = f"password_file {printable(config.password_file)}"
+    try:
+        with open(config.password_file, encoding="utf-8") as stream:
+            word = stream.read(1000).strip()
+        return Access(config.tls_cert, config.tls_key, config.user, word)
+    except (OSError, ValueError) as error:
+        raise LlmtracedError(f"{where}: {getattr(error, 'strerror', None) or error}", USAGE) from error
+    except LlmtracedError as error:
+        raise LlmtracedError(f"{where}: {error}", USAGE) from error
 
 
 def _partition(target: targets.Target) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
-import ipaddress
 import logging
 import threading
 import time
@@ -12,7 +12,7 @@ import urllib.request
 from dataclasses import replace
 from types import TracebackType
 from typing import Final, Protocol, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -22,6 +22,7 @@ from llmtraced.daemon import Daemon
 from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.metrics import LlmtracedCollector
 from llmtraced.residency import resident_parts
+from llmtraced.serve import is_loopback
 from llmtraced.snapshot import Place, Snapshot, Totals, snapshot
 
 __all__ = ["Attached", "DaemonSilentError", "Scraped", "Source", "open_source"]
@@ -90,7 +91,7 @@ class Scraped:
     """A daemon's metrics.
 
     Args:
-        url: of them.
+        url: of them; with ``USER:PASSWORD@`` before the host where a password is asked for.
         pid: of the only process to show, or None.
     """
 
@@ -103,9 +104,11 @@ class Scraped:
             known = None
         if not known:
             raise LlmtracedError(f"{printable(url)!r} is not a URL like {DEFAULT_URL}", USAGE)
-        self._url = url
+        place, _, host = parts.netloc.rpartition("@")
+        self._url = urlunsplit(parts._replace(netloc=host))
+        self._login = base64.b64encode(unquote(place).encode()).decode() if place else ""
         self._pid = pid
-        self._resident = _Residency() if _is_this_machine(known) else None
+        self._resident = _Residency() if is_loopback(known) else None
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is not for proxies
 
     def __enter__(self) -> Self:
@@ -117,7 +120,10 @@ class Scraped:
     def snapshot(self) -> Snapshot:
         """Scrape once."""
         try:
-            with self._opener.open(self._url, timeout=_TIMEOUT_SECONDS) as response:
+            request = urllib.request.Request(self._url)  # noqa: S310 (http or https)
+            if self._login:
+                request.add_header("Authorization", f"Basic {self._login}")
+            with self._opener.open(request, timeout=_TIMEOUT_SECONDS) as response:
                 body = response.read(_MOST_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
@@ -190,13 +196,6 @@ class Attached:
         found = snapshot(self._collector.collect(), time.monotonic())
         assert found is not None
         return _finish(found, self._pid, self._resident)
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _finish(found: Snapshot, pid: int | None, resident: _Residency | None) -> Snapshot:

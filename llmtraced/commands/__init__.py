@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "plan": "which bytes each token uses, in order, from a trace",
     "simulate": "other RAM sizes and policies: bytes and time per token",
     "prefetch": "the sidecar: make a server faster that is short of memory",
+    "monitoring": "Grafana dashboards, Prometheus rules, pictures",
     "experiment": "models at several memory limits, recorded and compared",
     "bench": "measure this tool: events, overhead, reports",
     "demo": "the whole story on a small real model, end to end",

@@ -10,6 +10,7 @@ with everything on disk; the servers never notice.
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import logging
 import os
@@ -18,11 +19,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llmtraced.errors import USAGE, LlmtracedError
 from llmtraced.values import duration, size
 
 log = logging.getLogger(__name__)
 
-_CHANGES = ("trace", "listen", "detail", "flush", "scan", "ring", "tensors", "keep_age", "keep_size", "cpu")
+_CHANGES = (
+    *("trace", "listen", "detail", "flush", "scan", "ring", "tensors", "keep_age", "keep_size", "cpu"),
+    *("sidecars", "tls_cert", "tls_key", "user", "password_file"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="record less where this much of a processor is not enough; 0: never (0.5)",
     )
+    parser.add_argument("--sidecars", metavar="PATTERN", help="files in which sidecars say what they do; '' for none")
+    parser.add_argument("--tls-cert", metavar="FILE", help="serve /metrics over TLS: certificate, PEM")
+    parser.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
+    parser.add_argument("--user", metavar="NAME", help="ask for this user and a password")
+    parser.add_argument("--password-file", metavar="FILE", help="the hash of the password")
+    parser.add_argument("--hash-password", action="store_true", help="ask for a password, print its hash, and end")
     parser.add_argument("--json", action="store_true", help="say on stdout what happens, a JSON object a line")
     parser.add_argument("--check-config", action="store_true", help="read the configuration, print it, and end")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run until a signal comes."""
+    if args.hash_password:
+        return _hash_password()
     # Threads that libraries start when they are imported would keep what this one gives up.
     os.environ.update(OPENBLAS_NUM_THREADS="1", JE_ARROW_MALLOC_CONF="background_thread:false")
     from llmtraced.config import read_config
@@ -74,4 +87,14 @@ def run(args: argparse.Namespace) -> int:
     log.info("compiling the probes")
     Daemon(config, say if args.json else lambda _: None, confine=True).run(lambda: bool(stop))
     log.info("stopped; everything is on disk")
+    return 0
+
+
+def _hash_password() -> int:
+    from llmtraced.password import hash_password
+
+    typed = getpass.getpass("password: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    if not typed:
+        raise LlmtracedError("there is no password on the input", USAGE)
+    print(hash_password(typed))
     return 0

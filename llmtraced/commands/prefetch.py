@@ -67,7 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ahead", metavar="N", type=int, choices=(0, 1, 2), default=0, help="layers that experts are guessed ahead (0)"
     )
     parser.add_argument("--no-join", dest="join", action="store_false", help="stay out of the server's memory cgroup")
-    parser.add_argument("--metrics", metavar="FILE", type=Path, help="write Prometheus metrics here, once a second")
+    parser.add_argument(
+        "--metrics",
+        metavar="FILE",
+        help="write Prometheus metrics here, once a second; '' for nowhere (default: where the daemon looks)",
+    )
     parser.add_argument("--json", action="store_true", help="print the summary at the end as JSON")
 
 

@@ -29,6 +29,7 @@ from llmtraced.prefetch.clock import BEGIN, TickRing
 from llmtraced.prefetch.plan import Plan
 from llmtraced.prefetch.policy import CHUNK
 from llmtraced.prefetch.routing import mixture
+from llmtraced.prefetch.told import FOLDER
 from llmtraced.probes import ticks as tick_probes
 from llmtraced.probes.ticks import Ticks
 from llmtraced.target import ModelFile, Target, find_target
@@ -73,7 +74,8 @@ class Options:
         join: join the server's memory cgroup.
         ahead: layers ahead of the server that a mixture's experts are guessed, 0 to 2.
         clock: ``ticks``, ``pagetable``, or ``auto``: ticks where they can be had.
-        metrics: write metrics to this file, in Prometheus's text format.
+        metrics: write metrics to this file, in Prometheus's text format; None: to where the daemon looks, until the
+            end; empty: nowhere.
         json: print the summary as JSON.
         hand_over: leave becoming the sidecar to a unit's main process (prefetch/unit.py).
     """
@@ -89,7 +91,7 @@ class Options:
     join: bool = True
     ahead: int = 0
     clock: str = "auto"
-    metrics: Path | None = None
+    metrics: str | None = None
     json: bool = False
     hand_over: bool = False
 
@@ -361,9 +363,23 @@ def configuration(
         "depth": options.depth,
         # Without ticks there are no tokens to compare before engaging.
         "trial": _NEVER if options.strategy == "off" else options.trial if ticks is not None else 0,
-        "metrics": str(options.metrics.absolute()) if options.metrics else None,
+        "metrics": _metrics_file(target.pid, options.metrics),
+        "passing": options.metrics is None,
         "json": options.json,
     }
+
+
+def _metrics_file(pid: int, wanted: str | None) -> str | None:
+    """Return where to write metrics; None: nowhere."""
+    if wanted is not None:
+        return str(Path(wanted).absolute()) if wanted else None
+    folder = Path(FOLDER)
+    try:
+        folder.mkdir(0o755, exist_ok=True)
+    except OSError as error:
+        log.warning("cannot make %s (%s): the daemon will not know of this sidecar", folder, error.strerror)
+        return None
+    return str(folder / f"{pid}.prom")
 
 
 def become(config: Mapping[str, Any], target: Target, options: Options) -> None:

@@ -122,6 +122,9 @@ class Sidecar:
         self.release()
         self._written = 0.0
         self._write_metrics(time.monotonic())
+        if self.config["passing"]:
+            with contextlib.suppress(OSError):
+                os.unlink(self.config["metrics"])
         return 0
 
     def _still_mapped(self) -> bool:
@@ -382,7 +385,7 @@ class Sidecar:
         temporary = f"{path}.tmp"
         with contextlib.suppress(OSError):  # a full disk must not stop the work
             with open(temporary, "w") as stream:
-                stream.write(metrics_text(self.summary(), self.config["label"]))
+                stream.write(metrics_text(self.summary(), self.pid, self.config["label"]))
             os.replace(temporary, path)
 
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["metrics_text", "words"]
+__all__ = ["FOLDER", "LABELS", "METRICS", "NAME", "metrics_text", "words"]
 
-_METRICS = (
+FOLDER = "/run/llmtraced-prefetch"
+"""Where the daemon looks for metrics (llmtraced.config), among other places."""
+
+NAME = "llmtraced_prefetch_"
+LABELS = ("pid", "model")
+METRICS = (
     ("pinned_bytes", "gauge", "pinned_bytes", "Bytes of the model locked in memory."),
     ("window_bytes", "gauge", "window_bytes", "Bytes of memory that the stream may take."),
     ("prefetched_bytes_total", "counter", "prefetched_bytes", "Bytes read ahead of the server."),
@@ -21,17 +26,30 @@ _METRICS = (
     ("anonymous_bytes", "gauge", "anonymous_bytes", "The sidecar's own memory."),
     ("budget_bytes", "gauge", "budget_bytes", "Bytes of memory for the model's pages."),
     ("engaged", "gauge", "engaged", "1 while it works, 0 while it stands aside."),
+    ("expert_used_bytes_total", "counter", "expert_used_bytes", "Bytes of experts: there when chosen."),
+    ("expert_late_bytes_total", "counter", "expert_late_bytes", "Bytes of experts: under way when chosen."),
+    ("expert_missed_bytes_total", "counter", "expert_missed_bytes", "Bytes of experts: not there when chosen."),
+    ("expert_wasted_bytes_total", "counter", "expert_wasted_bytes", "Bytes of experts: given back unused."),
 )
 
 
-def metrics_text(summary: dict[str, Any], model: str) -> str:
-    """Return a summary in Prometheus's text format."""
+def metrics_text(summary: dict[str, Any], pid: int, model: str) -> str:
+    """Return a summary in Prometheus's text format.
+
+    Args:
+        summary: of the sidecar.
+        pid: of the server.
+        model: that it manages.
+    """
     label = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    values = {**summary, "engaged": int(summary["state"] == "engaged")}
+    experts = {f"expert_{key}": value for key, value in (summary.get("experts") or {}).items()}
+    values = {**summary, **experts, "engaged": int(summary["state"] == "engaged")}
     lines = []
-    for name, kind, key, text in _METRICS:
-        full = f"llmtraced_prefetch_{name}"
-        lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}", f'{full}{{model="{label}"}} {values[key]}']
+    for name, kind, key, text in METRICS:
+        if values.get(key) is not None:
+            full = f"{NAME}{name}"
+            lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
+            lines.append(f'{full}{{pid="{pid}",model="{label}"}} {values[key]}')
     return "\n".join(lines) + "\n"
 
 

@@ -27,7 +27,7 @@ from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.service import store, stored
 from llmtraced.target import scan
 
-__all__ = ["execute", "hand_over", "join", "server_of", "take_over"]
+__all__ = ["execute", "hand_over", "is_sidecar", "join", "server_of", "take_over"]
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,11 @@ _CODE: Final = (
     "import sys; sys.path[:0] = sys.argv[2:]; from llmtraced.prefetch.sidecar import main; "
     "raise SystemExit(main(int(sys.argv[1])))"
 )
+
+
+def is_sidecar(command: Sequence[str]) -> bool:
+    """Tell whether a process's arguments are those of a sidecar: it has a model mapped, but is no server."""
+    return _CODE in command
 
 
 def server_of(unit: str) -> int:

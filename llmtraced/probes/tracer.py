@@ -470,9 +470,8 @@ class Tracer:
         return batches
 
     def misses(self) -> dict[str, int]:
-        """Return how often the kernel skipped each program (nested in another on the same CPU); zeros left out."""
-        found = {name: kernel.program_misses(fd) for name, fd in self.programs.programs.items()}
-        return {name: n for name, n in found.items() if n}
+        """Return how often the kernel skipped each program (nested in another on the same CPU)."""
+        return {name: kernel.program_misses(fd) for name, fd in self.programs.programs.items()}
 
     def close(self) -> None:
         """Detach and free everything."""

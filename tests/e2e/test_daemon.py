@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
+import gguf
+import numpy as np
 import polars as pl
 import psutil
 import pytest
@@ -44,14 +48,17 @@ class Running:
         with log.open("wb") as stderr, self.said.open("wb") as stdout:
             self.process = subprocess.Popen(command, stderr=stderr, stdout=stdout)
 
-    def scrape(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    def text(self) -> str:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         connection.close()
+        return text
+
+    def scrape(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         return {
             (s.name, tuple(sorted(s.labels.items()))): s.value
-            for family in text_string_to_metric_families(text)
+            for family in text_string_to_metric_families(self.text())
             for s in family.samples
         }
 
@@ -146,6 +153,39 @@ def test_metrics_and_trace_tell_the_same_story(tmp_path: Path) -> None:
         counted = scraped("llmtraced_events_total", probe=probe, outcome="counted")
         delivered = scraped("llmtraced_events_total", probe=probe, outcome="delivered")
         assert counted == delivered + scraped("llmtraced_events_total", probe=probe, outcome="dropped") > 0
+
+
+def test_a_scrape_of_2000_tensors(tmp_path: Path) -> None:
+    """It takes less than a tenth of a second, the way over HTTP included; the figure in benchmarks.md is this one."""
+    path, n = tmp_path / "many.gguf", 2000
+    writer = gguf.GGUFWriter(path, "llama")
+    for i in range(n):
+        writer.add_tensor(f"blk.{i // 9}.ffn_{i % 9}.weight", np.zeros(1500, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    code = "import mmap, sys, time; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); "
+    code += "print(sum(m[::4096]), flush=True); time.sleep(600)"
+    with daemon(tmp_path) as running:
+        reader = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
+        try:
+            pid = str(reader.pid)
+            wait_until(lambda: running.total("llmtraced_model_bytes", pid=pid) > n * 6000, 20, "the reader is found")
+            seconds, made = [], []
+            for _ in range(20):
+                time.sleep(0.15)  # a text that is younger than 0.1 s would be sent again
+                begin = time.perf_counter()
+                text = running.text()
+                seconds.append(time.perf_counter() - begin)
+                made += [float(found) for found in re.findall(r"^llmtraced_scrape_duration_seconds (\S+)$", text, re.M)]
+        finally:
+            reader.kill()
+            reader.communicate()
+    assert text.count(f'llmtraced_tensor_faults_total{{pid="{pid}"') == 2 * (n + 1)
+    print(f"{n} tensors, {len(text)} bytes: {median(seconds) * 1e3:.1f} ms, {max(seconds) * 1e3:.1f} at most;")
+    print(f"series made in {median(made) * 1e3:.1f} ms")
+    assert median(seconds) < 0.1
 
 
 def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_metrics_of_the_sidecar_are_understood():
         ),
         7,
     )
-    text = metrics_text({**summary, "state": "engaged"}, 'a "model" {x} 1')
+    text = metrics_text({**summary, "state": "engaged"}, 7, 'a "model" {x} 1')
     assert parse_metrics(text, 5) == Seen(5, True, 7, 7)
     assert parse_metrics(text[:200], 5) is None
 

@@ -34,10 +34,11 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         'trace = "/t"\nlisten = "[::1]:80"\ndetail = "full"\nflush = 1\nscan = 0.5\nring = 65536\ntensors = 0\n'
-        "keep_age = 5\nkeep_size = 0\ncpu = 1\n",
+        "keep_age = 5\nkeep_size = 0\ncpu = 1\n"
+        'sidecars = ""\ntls_cert = "/c"\ntls_key = "/k"\nuser = "u"\npassword_file = "/p"\n',
     )
     config = read_config(path)
-    assert config == Config("/t", "[::1]:80", "full", 1, 0.5, 65536, 0, 5, 0, 1)
+    assert config == Config("/t", "[::1]:80", "full", 1, 0.5, 65536, 0, 5, 0, 1, "", "/c", "/k", "u", "/p")
     assert config.address == ("::1", 80)
     text = path.read_text()
     assert [f.name for f in dataclasses.fields(Config) if f.name not in text] == [], "a new key belongs into this test"
@@ -104,6 +105,11 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, text: str, where: st
         ({"keep_age": -1.0}, "keep_age: must be at least 0"),
         ({"keep_size": -1}, "keep_size: must be at least 0"),
         ({"cpu": float("nan")}, "cpu: must be at least 0"),
+        ({"tls_cert": "/c"}, "tls_cert, tls_key: there must be both or neither"),
+        ({"tls_key": "/k"}, "tls_cert, tls_key: there must be both or neither"),
+        ({"user": "u"}, "user, password_file: there must be both or neither"),
+        ({"password_file": "/p"}, "user, password_file: there must be both or neither"),
+        ({"user": "a:b", "password_file": "/p"}, "user: must not have a colon"),
         ({"ring": 100_000}, "ring: must be a power of two"),
         ({"ring": 32768}, "ring: must be a power of two of at least 64K"),
     ],

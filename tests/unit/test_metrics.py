@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from fakes import FakeTracer, model, target, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from llmtraced.exposition import exposition
 from llmtraced.gguf_map import Model
 from llmtraced.metrics import LlmtracedCollector, tensor_totals
 from llmtraced.recorder import Recorder
@@ -61,10 +63,9 @@ def count(session: Session, file: int, offset: int, **counters: int) -> None:
 
 
 def scrape(recorder: Recorder, limit: int = 2000, **options: dict) -> Samples:  # type: ignore[type-arg]
-    registry = CollectorRegistry()
-    registry.register(LlmtracedCollector(recorder, limit, **options))
+    text = exposition(LlmtracedCollector(recorder, limit, **options).collect())
     found: Samples = {}
-    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+    for family in text_string_to_metric_families(text.decode()):
         assert family.documentation.strip(), family.name
         for sample in family.samples:
             key = sample.name, frozenset(sample.labels.items())
@@ -200,9 +201,7 @@ def test_exposition(recorder: Recorder) -> None:
 def test_names_and_units(recorder: Recorder) -> None:
     """The rules that `promtool check metrics` holds."""
     add(recorder, {"m": model(DENSE)})
-    registry = CollectorRegistry()
-    registry.register(LlmtracedCollector(recorder))
-    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+    for family in text_string_to_metric_families(exposition(LlmtracedCollector(recorder).collect()).decode()):
         assert family.name.startswith("llmtraced_")
         assert family.documentation.endswith(".")
         assert family.name == family.name.lower()
@@ -259,9 +258,7 @@ def test_evil_names_are_escaped(recorder: Recorder) -> None:
     tensors = [tensor(n, i * PAGE, PAGE, component=n, layer=i) for i, n in enumerate(EVIL)]
     session = add(recorder, {'m"\n\x1b.gguf': model(tensors)})
     count(session, 0, 0, major=9)
-    registry = CollectorRegistry()
-    registry.register(LlmtracedCollector(recorder))
-    text = generate_latest(registry).decode()
+    text = exposition(LlmtracedCollector(recorder).collect()).decode()
     assert all(c == "\n" or c.isprintable() for c in text)
     assert max(map(len, text.splitlines())) < 1000
     found = scrape(recorder)
@@ -291,3 +288,42 @@ def test_a_session_that_ends_takes_its_series_along(recorder: Recorder) -> None:
     assert [n for n, _ in scrape(recorder) if n == "llmtraced_tensor_read_bytes_total"]
     recorder.remove(session)
     assert not [n for n, ls in scrape(recorder) if "pid" in dict(ls)]
+
+
+@pytest.mark.parametrize(("n", "limit"), [(1, 2000), (30, 2000), (30, 0)])
+def test_the_number_of_series_is_what_docs_metrics_md_says(recorder: Recorder, n: int, limit: int) -> None:
+    before = len(scrape(recorder, limit))
+    tensors = [tensor(f"blk.{i // 3}.{i % 3}", i * PAGE, PAGE, layer=i // 3, component=str(i % 3)) for i in range(n)]
+    add(recorder, {"main": model(tensors), "draft": model(tensors[:1])})
+    groups = n + 1  # by tensor, or as many pairs of layer and component
+    assert len(scrape(recorder, limit)) - before == 6 * (groups + 1) + 6 * 2 + 28
+    assert before == 1 + 2 + 1 + 10  # build, attached, missed; and the rest
+
+
+def test_names_that_are_the_same_once_they_are_cut_are_one_series(recorder: Recorder) -> None:
+    session = add(recorder, {"m": model([tensor("x" * 300 + end, i * PAGE, PAGE) for i, end in enumerate("ab")])})
+    count(session, 0, 0, added_fault=1)
+    count(session, 0, PAGE, added_fault=2)
+    found = scrape(recorder)
+    (name,) = {dict(labels)["tensor"] for n, labels in found if n == "llmtraced_tensor_read_bytes_total"} - {""}
+    assert value(found, "llmtraced_tensor_read_bytes_total", tensor=name) == 3 * PAGE
+
+
+def test_a_scrape_of_2000_tensors_takes_less_than_a_tenth_of_a_second(recorder: Recorder) -> None:
+    tensors = [tensor(f"blk.{i // 9}.ffn_{i % 9}.weight", i * 9000, 9000, layer=i // 9) for i in range(2000)]
+    add(recorder, {"m.gguf": model(tensors)})
+    collector = LlmtracedCollector(recorder)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        text = exposition(collector.collect())
+        seconds.append(time.perf_counter() - begin)
+    assert text.count(b"llmtraced_tensor_faults_total{") == 2 * 2001
+    assert min(seconds) < 0.1, seconds
+
+
+def test_sidecars_are_handed_on(recorder: Recorder, tmp_path: Path) -> None:
+    (tmp_path / "7.prom").write_text('llmtraced_prefetch_engaged{pid="7",model="m"} 1\n')
+    found = scrape(recorder, sidecars=f"{tmp_path}/*.prom")  # type: ignore[arg-type]
+    assert value(found, "llmtraced_prefetch_engaged", pid="7", model="m") == 1
+    assert not [name for name, _ in scrape(recorder) if "prefetch" in name]

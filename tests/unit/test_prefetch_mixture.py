@@ -129,7 +129,6 @@ class FakePages:
         self._lock = threading.Lock()
         self.resident: set[tuple[int, int]] = set()
         self.asked: list[tuple[int, int]] = []
-        self.held: set[tuple[int, int]] = set()
         self.given_back: list[tuple[int, int]] = []
         self.fails = False
 
@@ -145,12 +144,6 @@ class FakePages:
 
     def resident_range(self, offset: int, size: int) -> int:
         return size if (offset, size) in self.resident else 0
-
-    def hold(self, offset: int, size: int) -> None:
-        self.held.add((offset, size))
-
-    def let_go(self, offset: int, size: int) -> None:
-        self.held.discard((offset, size))
 
     def give_back_range(self, offset: int, size: int) -> None:
         with self._lock:
@@ -291,17 +284,28 @@ def test_reads_that_fail_are_counted(rig: Rig) -> None:
     assert rig.mixture.summary()["read_bytes"] == 0
 
 
-def test_what_is_kept_is_locked_and_let_go_at_the_end(paths: dict[str, Path]) -> None:
+def test_what_the_kernel_has_taken_is_read_again(rig: Rig) -> None:
+    rig.mixture.hold(rig.mixture.total)
+    rig.mixture.begin()
+    rig.use(0, 3)
+    wait_until(lambda: rig.here(0, 3), 10, "an expert to be read")
+    rig.mixture.begin()
+    rig.use(0, 3)
+    gone = min(rig.slices(0, 3))
+    rig.pages.resident.discard(gone)
+    rig.use(0, 3)
+    assert rig.mixture.summary()["lost"] == 0, "it is looked at once a token"
+    rig.mixture.begin()
+    rig.use(0, 3)
+    wait_until(lambda: gone in rig.pages.resident, 10, "it to be read again")
+    assert rig.mixture.summary()["lost"] == 1
+
+
+def test_nothing_is_given_back_at_the_end(paths: dict[str, Path]) -> None:
     rig = Rig(paths["llama"])
     rig.mixture.hold(rig.mixture.total)
     rig.mixture.begin()
     rig.use(0, 3, 4)
-
-    def locked() -> bool:
-        rig.mixture.collect()
-        return rig.pages.held == rig.slices(0, 3, 4)
-
-    wait_until(locked, 10, "what has been read to be locked")
+    wait_until(lambda: rig.here(0, 3, 4), 10, "what is used to be read")
     rig.mixture.release()
-    assert rig.pages.held == set()
     assert rig.pages.given_back == [], "the kernel takes it when it wants"

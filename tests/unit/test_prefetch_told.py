@@ -40,7 +40,7 @@ def summary(**changed: Any) -> dict[str, Any]:
     "model", ["a.gguf", 'say "hi".gguf', "back\\slash\\n.gguf", "new\nline.gguf", "ü{}=,.gguf", ""]
 )
 def test_prometheus_reads_the_metrics(model: str) -> None:
-    text = metrics_text(summary(), model)
+    text = metrics_text(summary(), 77, model)
     assert text.endswith("\n")
     families = list(text_string_to_metric_families(text))
     samples = [sample for family in families for sample in family.samples]
@@ -49,7 +49,7 @@ def test_prometheus_reads_the_metrics(model: str) -> None:
         assert family.documentation
         assert family.type in ("gauge", "counter")
         assert (family.type == "counter") == family.samples[0].name.endswith("_total")
-    assert {tuple(s.labels.items()) for s in samples} == {(("model", model),)}
+    assert {tuple(s.labels.items()) for s in samples} == {(("pid", "77"), ("model", model))}
     values = {s.name: s.value for s in samples}
     assert all(name.startswith("llmtraced_prefetch_") for name in values)
     assert values["llmtraced_prefetch_pinned_bytes"] == 1_000_000
@@ -60,7 +60,7 @@ def test_prometheus_reads_the_metrics(model: str) -> None:
 
 @pytest.mark.parametrize(("state", "value"), [("engaged", 1), ("fits", 0), ("watching", 0), ("backed off", 0)])
 def test_engaged_is_a_number(state: str, value: int) -> None:
-    assert f'llmtraced_prefetch_engaged{{model="m"}} {value}\n' in metrics_text(summary(state=state), "m")
+    assert f'llmtraced_prefetch_engaged{{pid="5",model="m"}} {value}\n' in metrics_text(summary(state=state), 5, "m")
 
 
 def test_the_summary_in_words() -> None:
@@ -73,3 +73,14 @@ def test_the_summary_in_words() -> None:
 def test_nothing_to_compare_and_nothing_streamed() -> None:
     text = words(summary(recall=None, in_time_share=None, token_s_with=None))
     assert text.endswith("nothing was streamed")
+
+
+def test_experts_are_told_of_a_mixture_only() -> None:
+    assert "expert" not in metrics_text(summary(), 5, "m")
+    experts = {"used_bytes": 11, "late_bytes": 12, "missed_bytes": 13, "wasted_bytes": 14, "hit_share": None}
+    text = metrics_text(summary(experts=experts), 5, "m")
+    found = {s.name: s.value for f in text_string_to_metric_families(text) for s in f.samples if "expert" in s.name}
+    assert found == {
+        f"llmtraced_prefetch_expert_{name}_bytes_total": n
+        for name, n in (("used", 11), ("late", 12), ("missed", 13), ("wasted", 14))
+    }

@@ -17,6 +17,7 @@ from llmtraced.bench import models
 from llmtraced.commands import main
 from llmtraced.errors import USAGE, LlmtracedError
 from llmtraced.gguf_map import Model, Tensor, read_model
+from llmtraced.ledger import Ledger
 from llmtraced.prefetch.clock import BEGIN, INPUT, Tick
 from llmtraced.router_scores import Applied, ScoreRecorder, applied, table
 from llmtraced.schema import EVENT, PHASES, TABLES
@@ -149,7 +150,8 @@ class FakeProbe:
 @pytest.fixture
 def session(tmp_path: Path) -> SimpleNamespace:
     writer = TraceWriter(tmp_path / "trace", "0badcafe-1-2", {})
-    return SimpleNamespace(graph=None, layout=None, marks=None, account={}, writer=writer)
+    ledger = Ledger(writer, 1)
+    return SimpleNamespace(graph=None, layout=None, marks=None, account=ledger.account, ledger=ledger, writer=writer)
 
 
 def marks(*rows: tuple[int, int]) -> np.ndarray:
@@ -220,7 +222,7 @@ def test_a_file_that_cannot_be_written_is_not_the_end(
     monkeypatch.setattr(session.writer, "write", full)
     recorder.write()
     assert "No space left" in caplog.text
-    assert session.account == {}
+    assert session.account["router_scores"] == {"counted": 1, "delivered": 0, "dropped": 1}
 
 
 def test_what_has_no_routers_is_a_problem_and_no_failure(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from fakes import FakeTracer, model, target, tensor
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from llmtraced.exposition import exposition
 from llmtraced.metrics import LlmtracedCollector
 from llmtraced.recorder import Recorder
 from llmtraced.schema import CAUSES, PAGE, PHASES, Detail, Phase
@@ -58,10 +58,10 @@ def test_scraped_and_collected_are_the_same(limit: int) -> None:
         slot = session.tracer.slots[session.slot : session.slot + 1]
         slot["tokens"], slot["token"], slot["stall_ns"] = [[0, 10, 20, 0]], 9, 250_000_000
         session.problems.append("no symbols")
-        registry = CollectorRegistry()
-        registry.register(LlmtracedCollector(recorder, limit))
         collected = snapshot(LlmtracedCollector(recorder, limit).collect(), 3.5)
-        scraped = snapshot(text_string_to_metric_families(generate_latest(registry).decode()), 3.5)
+        scraped = snapshot(
+            text_string_to_metric_families(exposition(LlmtracedCollector(recorder, limit).collect()).decode()), 3.5
+        )
     finally:
         recorder.close()
     for found in (collected, scraped):

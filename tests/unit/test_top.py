@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, start_http_server
 from rich.console import Console
 from rich.text import Text
 from test_snapshot import at, totals
@@ -559,34 +558,33 @@ def test_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     from fakes import FakeTracer, model, target
     from test_watch import TENSORS
 
+    from llmtraced.exposition import exposition
     from llmtraced.metrics import LlmtracedCollector
     from llmtraced.recorder import Recorder
     from llmtraced.schema import Detail, Phase
+    from llmtraced.serve import MetricsServer
     from llmtraced.store import TraceWriter
 
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("LINES", "20")
     recorder = Recorder(FakeTracer(), 60)  # type: ignore[arg-type]
     recorder.add(target({"m.gguf": model(TENSORS)}, pid=11), TraceWriter(None, "s", {}), Detail.FAULTS, Phase.UNKNOWN)
-    registry = CollectorRegistry()
-    registry.register(LlmtracedCollector(recorder))
-    server, thread = start_http_server(0, "127.0.0.1", registry)
+    collector = LlmtracedCollector(recorder)
+    server = MetricsServer("127.0.0.1", 0, lambda: exposition(collector.collect()))
     try:
-        url = f"http://127.0.0.1:{server.server_port}/metrics"
+        url = f"http://127.0.0.1:{server.port}/metrics"
         for words in (["--once"], []):
             assert main(["top", "--url", url, "--interval", "100ms", *words]) == 0
             printed = capsys.readouterr().out.splitlines()
             assert len(printed) == 19
             assert printed[0].startswith("m.gguf  pid 11  idle")
-            assert printed[0].endswith(f"from 127.0.0.1:{server.server_port}")
+            assert printed[0].endswith(f"from 127.0.0.1:{server.port}")
             assert any(line.startswith("blk.0.a ") for line in printed)
             assert "\x1b" not in "".join(printed)
         assert main(["top", "--url", url, "--interval", "100ms", "--pid", "12"]) == 0
         assert capsys.readouterr().out.startswith("no process is traced")
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        server.close()
         recorder.close()
 
 

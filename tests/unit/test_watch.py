@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 from fakes import FakeTracer, model, target, tensor
-from prometheus_client import CollectorRegistry, generate_latest
 
 from llmtraced import watch
 from llmtraced.errors import NO_PERMISSION, USAGE, LlmtracedError
+from llmtraced.exposition import exposition
 from llmtraced.gguf_map import Model, Shard
 from llmtraced.metrics import LlmtracedCollector
+from llmtraced.password import hash_password
 from llmtraced.recorder import Recorder
 from llmtraced.schema import PAGE, Detail, Phase
+from llmtraced.serve import Access, MetricsServer
 from llmtraced.snapshot import Place, Totals
 from llmtraced.store import TraceWriter
 from llmtraced.watch import Attached, DaemonSilentError, Scraped, open_source
@@ -65,9 +67,7 @@ def serve() -> Iterator[Any]:
 
 
 def page_of(recorder: Recorder) -> bytes:
-    registry = CollectorRegistry()
-    registry.register(LlmtracedCollector(recorder))
-    return generate_latest(registry)
+    return exposition(LlmtracedCollector(recorder).collect())
 
 
 def silent_url() -> str:
@@ -127,7 +127,7 @@ def test_what_is_no_url_of_metrics(url: str) -> None:
     ("host", "here"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("10.0.0.1", False), ("h.local", False)]
 )
 def test_pids_are_looked_up_on_this_machine_only(host: str, here: bool) -> None:
-    assert watch._is_this_machine(host) == here
+    assert watch.is_loopback(host) == here
 
 
 class FakeDaemon:
@@ -266,3 +266,18 @@ def test_resident_is_not_known(monkeypatch: pytest.MonkeyPatch, error: Exception
 
     monkeypatch.setattr(watch.targets, "find_target", find)
     assert watch._Residency().of(Totals(5)) is None
+
+
+def test_a_daemon_that_asks_for_a_password(recorder: Recorder) -> None:
+    collector = LlmtracedCollector(recorder)
+    access = Access(user="u", password_hash=hash_password("p@ss/w:rd"))
+    server = MetricsServer("127.0.0.1", 0, lambda: exposition(collector.collect()), access)
+    try:
+        with Scraped(f"http://u:p%40ss%2Fw%3Ard@127.0.0.1:{server.port}/metrics") as source:
+            assert sorted(source.snapshot().processes) == [11, 12]
+            assert source.origin == f"from 127.0.0.1:{server.port}"
+        with pytest.raises(LlmtracedError, match=r"401|nauthorized") as caught:
+            Scraped(f"http://u:secret@127.0.0.1:{server.port}/metrics").snapshot()
+        assert "secret" not in str(caught.value)
+    finally:
+        server.close()

@@ -1,0 +1,1 @@
+"""For those who watch servers with Prometheus and Grafana: dashboards, rules, pictures."""
