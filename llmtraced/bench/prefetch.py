@@ -45,7 +45,7 @@ __all__ = ["STRATEGIES", "other_read_ahead", "run"]
 
 log = logging.getLogger(__name__)
 
-SIDECAR: Final = ("auto", "pin", "pattern", "uring")
+SIDECAR: Final = ("auto", "pin", "pattern", "uring", "moe")
 STRATEGIES: Final = (OFF, *SIDECAR, *COMPARATORS)
 
 _LOAD_MODES: Final = {"load-none": "none", "load-dio": "dio"}
@@ -54,6 +54,7 @@ _SERVER_OPTIONS: Final = ("--no-repack",)
 _WARM_TOKENS: Final = 2
 _LEAST_SECONDS: Final = 3.0  # of measured decoding: fast ones are asked again
 _MOST_REQUESTS: Final = 8
+_VARIED_REQUESTS: Final = 2
 _SETTLE_SECONDS: Final = 120.0
 _START_SECONDS: Final = 90.0
 _VMTOUCH_SLACK: Final = 64 << 20  # what the server reads goes through here
@@ -61,11 +62,16 @@ _VMTOUCH_SLACK: Final = 64 << 20  # what the server reads goes through here
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What is asked of every server: one token to begin with, so that each graph is one token; then a prompt."""
+    """What is asked of every server: one token to begin with, so that each graph is one token; then a prompt.
+
+    ``varied``: of a mixture, tokens that differ from each other and from request to request, for else a few experts
+    would serve them all; then the number of requests is given, so that all servers are asked the same.
+    """
 
     tokens: int
     prompt_tokens: int
     threads: int
+    varied: bool = False
 
     @property
     def prompt(self) -> list[int]:
@@ -148,8 +154,11 @@ def _decode(server: Server, asked: _Asked) -> tuple[list[dict[str, Any]], float,
     """Ask until enough decoding was timed; return the answers, and the milliseconds of so many tokens."""
     answers: list[dict[str, Any]] = []
     milliseconds, timed = 0.0, 0
-    while not answers or (milliseconds < _LEAST_SECONDS * 1e3 and len(answers) < _MOST_REQUESTS):
-        answers.append(server.completion([5], asked.tokens, return_tokens=True))
+    while len(answers) < (_VARIED_REQUESTS if asked.varied else 1) or (
+        not asked.varied and milliseconds < _LEAST_SECONDS * 1e3 and len(answers) < _MOST_REQUESTS
+    ):
+        how = {"temperature": 1.0, "seed": 1 + len(answers)} if asked.varied else {}
+        answers.append(server.completion([5], asked.tokens, return_tokens=True, **how))
         # llama-server's clock begins when the first token is there, so it times one graph less than there are tokens.
         milliseconds += answers[-1]["timings"]["predicted_ms"]
         timed += answers[-1]["timings"]["predicted_n"] - 1
@@ -197,11 +206,16 @@ def _together(server: Server, asked: _Asked, sample: Path) -> dict[str, float]:
     }
 
 
-def _settle(server: Server, beside: Sidecar | Vmtouch) -> tuple[bool, float]:
+def _settle(server: Server, beside: Sidecar | Vmtouch, asked: _Asked) -> tuple[bool, float]:
     """Ask for tokens until what runs beside the server has settled, or it has taken too long."""
     start = time.monotonic()
+    seed = 1 + _VARIED_REQUESTS
     while time.monotonic() - start < _SETTLE_SECONDS:
-        server.completion([5], _WARM_TOKENS)
+        if asked.varied:  # like those that will be measured, but others
+            server.completion([5], asked.tokens, temperature=1.0, seed=seed)
+            seed += 1
+        else:
+            server.completion([5], _WARM_TOKENS)
         if beside.ready():
             return True, time.monotonic() - start
     return False, time.monotonic() - start
@@ -244,7 +258,7 @@ def _measure(condition: _Condition, strategy: str, asked: _Asked, folder: Path) 
             else:
                 try:
                     with beside:
-                        settled, seconds = _settle(server, beside)
+                        settled, seconds = _settle(server, beside, asked)
                         found |= {"settled": settled, "settle_s": seconds}
                         found |= _ask(server, beside.pid, group, asked)
                 finally:
@@ -308,8 +322,9 @@ def run(
     _check(strategies, memory, tokens, pressure)
     _, path = model_path(model)
     whole = read_model(path)
-    asked = _Asked(tokens, prompt_tokens, threads)
-    names, skipped = _available(strategies)
+    mixture = any(tensor.n_experts for tensor in whole.tensors)
+    asked = _Asked(tokens, prompt_tokens, threads, varied=mixture)
+    names, skipped = _available(strategies, mixture=mixture)
     conditions = []
     with tempfile.TemporaryDirectory(prefix="llmtraced-bench-") as name, sample_of(path) as sample:
         folder = Path(name)
@@ -362,9 +377,11 @@ def _check(strategies: Sequence[str], memory: Sequence[str], tokens: int, pressu
         raise LlmtracedError(f"no such pressure: {printable(pressure)}; there are cgroup and lock", USAGE)
 
 
-def _available(strategies: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def _available(strategies: Sequence[str], *, mixture: bool) -> tuple[list[str], dict[str, str]]:
     """Return the strategies that can be measured here, and why the others cannot."""
     skipped = {}
+    if "moe" in strategies and not mixture:
+        skipped["moe"] = "the model is no mixture of experts"
     if "vmtouch" in strategies and not Vmtouch.installed():
         skipped["vmtouch"] = "vmtouch is not installed: apt-get install vmtouch"
     names = list(dict.fromkeys([FITS, OFF, *strategies]))
@@ -393,4 +410,8 @@ def _rounds(
         disk.append(disk_bytes_per_s(condition.path))
         log.info("the disk gives %.2f GB/s", disk[-1] / 1e9)
     per_token = from_tensors("", condition.model).bytes_per_token
+    used = condition.model.metadata.get(f"{condition.model.architecture}.expert_used_count")
+    if isinstance(used, int):  # the rest of the merged tensors is not read
+        unused = sum(t.size * (1 - used / t.n_experts) for t in condition.model.tensors if t.n_experts)
+        per_token = max(int(per_token - unused), 0)
     return summed(runs, disk, bytes_per_token=per_token, fitting_bytes=condition.fitting)

@@ -127,7 +127,7 @@ def _prefetch_arguments(parser: argparse.ArgumentParser) -> None:
         help="of off,auto,pin,pattern,uring,readahead,vmtouch,load-none,load-dio (default: all)",
     )
     parser.add_argument(
-        "--model", metavar="MODEL", default="dense", help="dense, gemma, or a GGUF file (default dense: 1.7 GB)"
+        "--model", metavar="MODEL", default="dense", help="dense, moe, gemma, or a GGUF file (default dense: 1.7 GB)"
     )
     parser.add_argument("--rounds", metavar="N", type=_count, default=5, help="of each strategy (default 5)")
     parser.add_argument("--tokens", metavar="N", type=_count, default=16, help="tokens a request (default 16)")

@@ -17,7 +17,7 @@ ASIDE = (WATCHING, FITS, BACKED_OFF)
 _FITS = 0.005  # of the model read by the server in a token: what still comes and goes when all of it fits
 _WORSE = 0.97  # engaged tokens must take less than this share of those before
 _SETTLE = 3  # tokens after engaging that are not compared
-_ENOUGH = 8  # tokens that are compared
+_ENOUGH, _ENOUGH_VARIED = 8, 32  # tokens that are compared
 _FIRST_PAUSE = 60.0  # s; doubled each time
 
 
@@ -27,6 +27,7 @@ class Governor:
     Args:
         model_bytes: that a token uses.
         trial: tokens to watch before engaging; 0: engage at once, and never compare.
+        varied: tokens differ in what they read, as those of a mixture do: more of them are watched and compared.
 
     Attributes:
         state: WATCHING, ENGAGED, FITS or BACKED_OFF.
@@ -34,8 +35,9 @@ class Governor:
         why: the last decision, in words.
     """
 
-    def __init__(self, model_bytes: int, trial: int = 3) -> None:
-        self._bytes, self._trial = model_bytes, trial
+    def __init__(self, model_bytes: int, trial: int = 3, *, varied: bool = False) -> None:
+        self._enough = _ENOUGH_VARIED if varied else _ENOUGH
+        self._bytes, self._trial = model_bytes, max(trial, self._enough // 2) if trial and varied else trial
         self.state = WATCHING if trial else ENGAGED
         self.without_ns: list[int] = []
         self.with_ns: list[int] = []
@@ -59,7 +61,7 @@ class Governor:
         if self.state in (WATCHING, FITS):
             if self.state == FITS and read > self._bytes * _FITS:
                 self.without_ns.clear()  # those were tokens of a model that fits: no measure of what is to come
-            self.without_ns = [*self.without_ns, duration_ns][-16:]
+            self.without_ns = [*self.without_ns, duration_ns][-max(self._enough, 16) :]
             self._read = [*self._read, read][-min(max(self._trial, 2), 16) :]
             if len(self._read) >= max(self._trial, 2):
                 self._judge_reads()
@@ -85,9 +87,9 @@ class Governor:
             self._skip -= 1
             return
         self.with_ns = [*self.with_ns, duration_ns][-64:]
-        if not self.without_ns or len(self.with_ns) < _ENOUGH:
+        if not self.without_ns or len(self.with_ns) < self._enough:
             return
-        without, engaged = median(self.without_ns[-_ENOUGH:]), median(self.with_ns[-_ENOUGH:])
+        without, engaged = median(self.without_ns[-self._enough :]), median(self.with_ns[-self._enough :])
         if engaged > without * _WORSE:
             self.state = BACKED_OFF
             self.why = f"tokens take {engaged / 1e6:.0f} ms with it and {without / 1e6:.0f} ms without it"

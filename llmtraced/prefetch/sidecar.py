@@ -60,7 +60,7 @@ class Sidecar:
         self.slack: int = config["slack"]
         told = config["mixture"]
         chosen = sum(told["n_used"] * sum(n for *_, n in layer["slices"]) for layer in told["layers"]) if told else 0
-        self.governor = Governor(self.total + chosen, config["trial"])
+        self.governor = Governor(self.total + chosen, config["trial"], varied=told is not None)
         self.strategy: dict[str, Any] = config["strategy"]
         self.marks: list[list[int]] = config["marks"]  # steps at which each mark's weight is used
         ticks = config["ticks"]

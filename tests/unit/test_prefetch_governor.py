@@ -184,3 +184,14 @@ def test_without_tokens_reads_tell() -> None:
     assert governor.state == FITS
     assert governor.reading(500_000_000)
     assert governor.state == ENGAGED
+
+
+def test_tokens_that_vary_are_watched_and_compared_for_longer() -> None:
+    governor = Governor(1000, 3, varied=True)
+    for i in range(15):
+        assert not governor.token(100 + i % 2 * 50, 1, 900, float(i))
+    assert governor.token(100, 1, 900, 15.0)
+    assert governor.state == ENGAGED
+    for i in range(16, 200):
+        governor.token(400 if i < 40 else 90, 1, 0, float(i))  # a few slow ones at first are no reason to give up
+    assert governor.state == ENGAGED
