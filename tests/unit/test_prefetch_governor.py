@@ -193,5 +193,5 @@ def test_tokens_that_vary_are_watched_and_compared_for_longer() -> None:
     assert governor.token(100, 1, 900, 15.0)
     assert governor.state == ENGAGED
     for i in range(16, 200):
-        governor.token(400 if i < 40 else 90, 1, 0, float(i))  # a few slow ones at first are no reason to give up
+        governor.token(400 if i < 30 else 90, 1, 0, float(i))  # a few slow ones at first are no reason to give up
     assert governor.state == ENGAGED
