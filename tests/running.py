@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,7 @@ class Daemon:
     def __init__(self, trace: Path | str, log: Path, *options: str, wait: bool = True) -> None:
         self.trace, self.log, self.said_file = Path(trace), log, log.with_suffix(".json")
         self._wait = wait
+        self._scraped = 0.0
         self.command = [sys.executable, "-m", "llmtraced", "daemon", "--trace", str(trace), "--listen", "127.0.0.1:0"]
         self.command += ["--flush", "500ms", "--scan", "100ms", "--json", *options]
 
@@ -126,11 +128,13 @@ class Daemon:
         return [e for e in events if e["event"] == event and fields.items() <= e.items()]
 
     def samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
-        """Yield (name, labels, value) of what it exports now."""
+        """Yield (name, labels, value) of what it exports now: it makes a new text ten times a second at most."""
+        time.sleep(max(self._scraped + 0.11 - time.monotonic(), 0))
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         connection.close()
+        self._scraped = time.monotonic()
         for family in text_string_to_metric_families(text):
             yield from ((s.name, s.labels, s.value) for s in family.samples)
 
