@@ -22,7 +22,7 @@ from llmtraced import clock
 from llmtraced.errors import LlmtracedError
 from llmtraced.gguf_map import Model, Tensor
 from llmtraced.prefetch.clock import INPUT, Tick, TickRing
-from llmtraced.prefetch.routing import ATTENTION, NORMS
+from llmtraced.prefetch.routing import ATTENTION, NORMS, SIGMOID
 from llmtraced.probes import ticks as probes
 from llmtraced.schema import PHASES, SOURCES, TABLES
 from llmtraced.session import Session
@@ -40,7 +40,6 @@ _TABLE: Final = "router_scores"
 _RING_BYTES: Final = 16 << 20
 _LATE_NS: Final = 1_000_000_000  # from a probe's clock to its record in the ring it takes less
 _BUFFERED: Final = 8192  # inputs, of some kB each: then a file is written before its time
-_SIGMOID: Final = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def applied(model: Model) -> dict[str, list[Applied]]:
     """
     by_name = {tensor.name: tensor for tensor in model.tensors}
     experts = {t.layer: t.n_experts for t in model.tensors if t.n_experts and t.layer >= 0}
-    sigmoid = model.metadata.get(f"{model.architecture}.expert_gating_func") == _SIGMOID
+    sigmoid = model.metadata.get(f"{model.architecture}.expert_gating_func") == SIGMOID
 
     def values(layer: int, names: Iterable[str], shape: tuple[int, ...]) -> Floats | None:
         found = (by_name.get(f"blk.{layer}.{name}") for name in names)

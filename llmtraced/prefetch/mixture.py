@@ -62,10 +62,11 @@ class _Layer:
         self.attention_mark: int | None = told["attention_mark"]
         router = told["router"]
         self.weights = pages[router[0]].address(router[1]) if router else 0
-        self.norm, self.attention_norm = _norm(told["norm"], pages), _norm(told["attention_norm"], pages)
+        self.norm, self.attention_norm = _values(told["norm"], pages), _values(told["attention_norm"], pages)
+        self.bias, self.correction = _values(told["bias"], pages), _values(told["correction"], pages)
 
 
-def _norm(told: Sequence[int] | None, pages: Sequence[Pages]) -> array[float] | None:
+def _values(told: Sequence[int] | None, pages: Sequence[Pages]) -> array[float] | None:
     if told is None:
         return None
     file, offset, length = told
@@ -114,7 +115,9 @@ class Mixture:
         self.n_experts: int = told["n_experts"]
         self.n_used: int = told["n_used"]
         self.total = sum(layer.nbytes * self.n_experts for layer in self.layers)
-        self.router = Router(told["code"], told["n"], self.n_experts, self.n_used) if told["code"] is not None else None
+        self.router: Router | None = None
+        if told["code"] is not None:
+            self.router = Router(told["code"], told["n"], self.n_experts, self.n_used, sigmoid=told["sigmoid"])
         self._ones = array("f", [1.0] * told["n"])
         layers = self.layers
         self._before = [_ratio(layer.attention_norm, layer.norm) or self._ones for layer in layers]
@@ -222,7 +225,7 @@ class Mixture:
     def _choose(self, layer: _Layer, inputs: list[int], scale: array[float]) -> set[int]:
         assert self.router is not None
         at = scale.buffer_info()[0]
-        return {e for x in inputs for e in self.router.choose(layer.weights, x, at)}
+        return {e for x in inputs for e in self.router.choose(layer.weights, x, at, layer.bias, layer.correction)}
 
     def _used(self, layer: _Layer, rows: list[tuple[int, ...]], *, fresh: bool) -> None:
         """Take in what the server says that it uses."""

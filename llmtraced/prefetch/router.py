@@ -13,6 +13,7 @@ microseconds. They are handed over in a file that is only ever mapped to be read
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -120,9 +121,10 @@ class Router:
         n: length of x.
         n_experts: of each layer.
         n_used: experts that a token uses in a layer.
+        sigmoid: probabilities are the logits' sigmoid, not their softmax.
     """
 
-    def __init__(self, fd: int, n: int, n_experts: int, n_used: int) -> None:
+    def __init__(self, fd: int, n: int, n_experts: int, n_used: int, *, sigmoid: bool = False) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.mmap.restype = ctypes.c_void_p
         self._libc.mmap.argtypes = [
@@ -139,19 +141,40 @@ class Router:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         kind = ctypes.CFUNCTYPE(None, *(ctypes.c_void_p,) * 4, ctypes.c_int64, ctypes.c_int64)
         self._code: Any = kind(address)
-        self.n, self.n_experts, self.n_used = n, n_experts, n_used
+        self.n, self.n_experts, self.n_used, self.sigmoid = n, n_experts, n_used, sigmoid
         self._logits = (ctypes.c_float * n_experts)()
 
-    def choose(self, weights: int, x: int, scale: int, count: int = 0) -> list[int]:
-        """Return the ``count`` (by default ``n_used``) experts that are chosen, ascending.
+    def choose(
+        self,
+        weights: int,
+        x: int,
+        scale: int,
+        bias: Sequence[float] | None = None,
+        correction: Sequence[float] | None = None,
+    ) -> list[int]:
+        """Return the ``n_used`` experts that are chosen, ascending.
 
         Args:
             weights: address of the router's float32 [n_experts, n].
             x: address of float32 [n].
             scale: address of float32 [n], what each element of x is multiplied with.
-            count: how many.
+            bias: added to the logits.
+            correction: added to the probabilities before the choice.
         """
         self._code(weights, x, scale, ctypes.addressof(self._logits), self.n_experts, self.n)
-        logits: Sequence[float] = self._logits[:]
-        order = sorted(range(self.n_experts), key=logits.__getitem__, reverse=True)
-        return sorted(order[: count or self.n_used])
+        scores: list[float] = self._logits[:]
+        if bias is not None:
+            scores = [score + more for score, more in zip(scores, bias, strict=True)]
+        if correction is not None:
+            likely = self._probabilities(scores)
+            scores = [p + more for p, more in zip(likely, correction, strict=True)]
+        order = sorted(range(self.n_experts), key=scores.__getitem__, reverse=True)
+        return sorted(order[: self.n_used])
+
+    def _probabilities(self, logits: list[float]) -> list[float]:
+        most = max(logits)
+        if self.sigmoid:
+            return [1 / (1 + math.exp(-min(max(x, -80.0), 80.0))) for x in logits]
+        powers = [math.exp(x - most) for x in logits]
+        total = sum(powers)
+        return [x / total for x in powers]

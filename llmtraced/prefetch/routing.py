@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
@@ -11,12 +11,14 @@ from llmtraced.ggml_layout import Graph, Layout
 from llmtraced.gguf_map import Model, Tensor
 from llmtraced.prefetch.router import LANES, machine_code
 
-__all__ = ["ATTENTION", "NORMS", "mixture"]
+__all__ = ["ATTENTION", "NORMS", "SIGMOID", "mixture"]
 
 NORMS: Final = ("ffn_norm", "post_attention_norm")
 """Norms whose result is a router's input, by what architectures call them; the first that a layer has."""
 ATTENTION: Final = ("attn_q", "attn_qkv", "attn_q_a")
 """Matrices that the input of a layer's attention is multiplied with first."""
+SIGMOID: Final = 2
+"""Value of ``expert_gating_func``: llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID."""
 
 
 def mixture(model: Model, graph: Graph, layout: Layout, marks: Mapping[str, int]) -> dict[str, Any]:
@@ -32,8 +34,9 @@ def mixture(model: Model, graph: Graph, layout: Layout, marks: Mapping[str, int]
         ``n_experts``, ``n_used``; ``n``: length of a router's input, 0 if routers cannot be worked out; ``code``: a
         descriptor of the code that does, or None; ``layers``, in order, each with ``router_mark`` and ``experts_mark``
         (null: the clock cannot tell), ``slices`` (file, offset of the first expert's, bytes of each) in the order of
-        use, ``router`` (file, offset) and ``norm`` (file, offset, length) or null; and ``attention_mark`` and
-        ``attention_norm`` of the same kind, for the layer's attention.
+        use, ``router`` (file, offset), ``norm``, ``bias`` of the logits and ``correction`` of the probabilities (file,
+        offset, length) or null; and ``attention_mark`` and ``attention_norm`` of the same kind, for the layer's
+        attention; ``sigmoid``: probabilities are the logits' sigmoid, not their softmax.
 
     Raises:
         LlmtracedError: the layers differ, or the file does not say how many experts are used.
@@ -66,10 +69,10 @@ def mixture(model: Model, graph: Graph, layout: Layout, marks: Mapping[str, int]
         }
         return next((marks[t.name] for t in tensors if t.name in operators and t.name in marks), None)
 
-    def norm(layer: int, names: tuple[str, ...]) -> list[int] | None:
-        found = (by_name.get(f"blk.{layer}.{name}.weight") for name in names)
-        one = next((t for t in found if t is not None and _plain(t) and t.shape == (width,)), None)
-        return None if one is None else [one.shard, one.offset, width]
+    def values(layer: int, names: Sequence[str], count: int) -> list[int] | None:
+        found = (by_name.get(f"blk.{layer}.{name}") for name in names)
+        one = next((t for t in found if t is not None and _plain(t) and t.shape == (count,)), None)
+        return None if one is None else [one.shard, one.offset, count]
 
     def of(layer: int, tensors: list[Tensor]) -> dict[str, Any]:
         router = routers[layer]
@@ -80,9 +83,11 @@ def mixture(model: Model, graph: Graph, layout: Layout, marks: Mapping[str, int]
             "experts_mark": first_mark(tensors),
             "slices": [[t.shard, t.offset, t.expert_bytes] for t in tensors],
             "router": [router.shard, router.offset] if known and router is not None else None,
-            "norm": norm(layer, NORMS),
+            "norm": values(layer, [f"{name}.weight" for name in NORMS], width),
+            "bias": values(layer, ["ffn_gate_inp.bias"], n_experts),
+            "correction": values(layer, ["exp_probs_b.bias", "exp_probs_b"], n_experts),
             "attention_mark": attention if known else None,
-            "attention_norm": norm(layer, ("attn_norm",)),
+            "attention_norm": values(layer, ["attn_norm.weight"], width),
         }
 
     return {
@@ -90,6 +95,7 @@ def mixture(model: Model, graph: Graph, layout: Layout, marks: Mapping[str, int]
         "n_used": used,
         "n": width if code is not None else 0,
         "code": code,
+        "sigmoid": model.metadata.get(f"{model.architecture}.expert_gating_func") == SIGMOID,
         "layers": [of(layer, tensors) for layer, tensors in sorted(layers.items())],
     }
 

@@ -506,9 +506,10 @@ def test_a_hundred_kills_change_no_byte(
     assert read_per_token(server, expected) > unaided / 2
 
 
-def test_a_mixtures_choices_are_known_before_they_are_made(tmp_path: Path, llama_server: Path) -> None:
+@pytest.mark.parametrize("arch", ["llama", "gpt-oss", "hy_v3"])  # no bias; of the logits; of the probabilities
+def test_a_mixtures_choices_are_known_before_they_are_made(tmp_path: Path, llama_server: Path, arch: str) -> None:
     """Tokens stay the same; what the sidecar works out from a router's input is what the server then says it uses."""
-    shape = models.moe_preset(120 * MB)
+    shape = models.moe_preset(120 * MB, arch=arch)
     path = models.write(tmp_path / "moe.gguf", shape)
     drop_cache(path)
     limit, group = 100 * MIB, MemoryCgroup(f"llmtraced-test-mixture-{os.getpid()}", 100 * MIB)
@@ -531,7 +532,7 @@ def test_a_mixtures_choices_are_known_before_they_are_made(tmp_path: Path, llama
         assert told["ahead_precision"] > 0.5  # 4 of 64 by chance: 0.06
         assert told["read_bytes"] > 0
         assert told["failed_reads"] == 0
-        assert 0 < told["locked_bytes"] <= told["capacity_bytes"] <= limit
+        assert 0 < told["held_bytes"] <= told["capacity_bytes"] <= limit
         let_go(group)
         assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
 

@@ -127,8 +127,25 @@ def test_the_code_multiplies_as_numpy_does(code: int, width: int, experts: int) 
         chosen = router.choose(w.ctypes.data, x.ctypes.data, scale.ctypes.data)
         np.testing.assert_allclose(np.array(router._logits[:]), expected, rtol=1e-4, atol=1e-3)
         assert chosen == sorted(np.argsort(-expected)[: router.n_used].tolist())
-        more = router.choose(w.ctypes.data, x.ctypes.data, scale.ctypes.data, min(6, experts))
-        assert set(chosen) <= set(more)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_bias_and_correction_are_added_where_they_belong(code: int, sigmoid: bool) -> None:
+    random = np.random.default_rng(7)
+    router = Router(code, 96, 32, 4, sigmoid=sigmoid)
+    differ = 0
+    for _ in range(20):
+        w = random.normal(size=(32, 96)).astype(np.float32) / 8
+        x, scale = random.normal(size=96).astype(np.float32), np.ones(96, np.float32)
+        bias, correction = random.normal(size=(2, 32))
+        logits = w.astype(np.float64) @ x + bias
+        likely = 1 / (1 + np.exp(-logits)) if sigmoid else np.exp(logits) / np.exp(logits).sum()
+        at = (w.ctypes.data, x.ctypes.data, scale.ctypes.data)
+        assert router.choose(*at, bias.tolist()) == sorted(np.argsort(-logits)[:4].tolist())
+        corrected = sorted(np.argsort(-(likely + correction))[:4].tolist())
+        assert router.choose(*at, bias.tolist(), correction.tolist()) == corrected
+        differ += router.choose(*at) != corrected
+    assert differ > 10
 
 
 def test_the_codes_pages_cannot_be_written_to(code: int) -> None:
