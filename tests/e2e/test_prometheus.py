@@ -44,8 +44,8 @@ ROOT = Path(__file__).parents[2]
 RULES = ROOT / "llmtraced" / "monitoring" / "rules.yml"
 PASSWORD = "sesame: ü"
 EDGES = 3.0
-CLOSE = 0.05  # ratios of rates: a counter that was near zero is not extrapolated as far as others, by late scrapes
 """Seconds by which Prometheus's samples may miss the beginning and the end of a window: two scrapes and a bit."""
+CLOSE = 0.05  # ratios of rates: a counter that was near zero is not extrapolated as far as others, by late scrapes
 
 
 def program(name: str) -> str:
