@@ -5,12 +5,12 @@
 
 Needs nothing from the server. It watches three tokens, learns the order in which they use the model from the server's
 own compute graph, and works if they read from disk. Ctrl-C ends it, and the kernel has its way again.
-  auto     pin what fits, stream the rest through a small window just ahead of the server, give back behind it
+  auto     pin what fits, stream the rest through a small window just ahead of the server, give back behind it;
+           of a mixture fetch the experts as they are chosen, keep those that were used most of late
   pin      only pin what fits
   pattern  only read ahead, by readahead(2)
   uring    only read ahead, by io_uring (needs the package liburing)
-  moe      as auto, and fetch a mixture's experts as they are chosen, keep the hot ones. Not yet part of auto: it wins
-           where readahead is megabytes and memory a fraction of the model; elsewhere it may lose
+  moe      as auto, of a mixture only
   off      do nothing, and say what would be managed
 """
 

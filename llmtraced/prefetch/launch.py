@@ -39,7 +39,7 @@ __all__ = ["STRATEGIES", "Options", "live_plan", "run"]
 log = logging.getLogger(__name__)
 
 STRATEGIES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "auto": {"pin": True, "stream": True, "evict": True, "experts": False, "path": ""},
+    "auto": {"pin": True, "stream": True, "evict": True, "experts": True, "path": ""},
     "pin": {"pin": True, "stream": False, "evict": True, "experts": False, "path": "huge"},
     "pattern": {"pin": False, "stream": True, "evict": False, "experts": False, "path": "readahead"},
     "uring": {"pin": False, "stream": True, "evict": False, "experts": False, "path": "uring"},

@@ -516,7 +516,9 @@ def test_a_mixtures_choices_are_known_before_they_are_made(tmp_path: Path, llama
     with group, Server(path, binary=llama_server, threads=2, ctx=512, extra=("--no-repack",), cgroup=group) as server:
         varied = {"temperature": 1.0, "seed": 7}
         expected = server.completion(PROMPT, TOKENS, **varied)["content"]
-        with Sidecar(server.pid, tmp_path, "--strategy", "moe", "--trial", "0") as sidecar:
+        with Sidecar(
+            server.pid, tmp_path, "--strategy", "auto" if arch == "llama" else "moe", "--trial", "0"
+        ) as sidecar:
             deadline = time.monotonic() + (300 if EMULATED else 60)
             while not sidecar.metrics().get("engaged"):
                 assert time.monotonic() < deadline, sidecar.said()
