@@ -372,9 +372,9 @@ def test_it_follows_the_limit(start: Callable[..., Any], tmp_path: Path) -> None
                 less = sidecar.metrics()["pinned_bytes"]
                 assert group.usage() <= lower
                 group.set_limit(LIMIT)
-                wait_until(
-                    lambda: sidecar.settled() and sidecar.metrics()["pinned_bytes"] >= less + 20 * MB,
-                    30,
+                wait_until(  # it may have learned meanwhile to leave more free, up to 24 MB (sidecar._adapt)
+                    lambda: sidecar.settled() and sidecar.metrics()["pinned_bytes"] >= less + 5 * MB,
+                    60,
                     "more is pinned",
                 )
                 assert group.usage() <= LIMIT
