@@ -127,16 +127,25 @@ class Daemon:
         events = [json.loads(line) for line in lines]
         return [e for e in events if e["event"] == event and fields.items() <= e.items()]
 
-    def samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
-        """Yield (name, labels, value) of what it exports now: it makes a new text ten times a second at most."""
-        time.sleep(max(self._scraped + 0.11 - time.monotonic(), 0))
+    def text(self) -> str:
+        """Return what it exports."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         connection.close()
+        return text
+
+    def samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """Yield (name, labels, value) of what it exports now: it makes a new text ten times a second at most."""
+        time.sleep(max(self._scraped + 0.11 - time.monotonic(), 0))
+        text = self.text()
         self._scraped = time.monotonic()
         for family in text_string_to_metric_families(text):
             yield from ((s.name, s.labels, s.value) for s in family.samples)
+
+    def scrape(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        """Return the values by name and sorted labels."""
+        return {(name, tuple(sorted(labels.items()))): value for name, labels, value in self.samples()}
 
     def total(self, name: str, **labels: str) -> float:
         """Return the sum of a metric's samples that have these labels."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -20,77 +16,22 @@ import numpy as np
 import polars as pl
 import psutil
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+from helpers import wait_until
+from running import Daemon
 
 from llmtraced.analysis.reread import reread
 from llmtraced.analysis.trace import open_trace
-from llmtraced.bench.engine import Server, ensure_gemma, ensure_llama_server, free_port
+from llmtraced.bench.engine import Server, ensure_gemma, ensure_llama_server
 from llmtraced.bench.pressure import MemoryCgroup, drop_cache
 
 pytestmark = pytest.mark.e2e
-
-
-def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
-
-
-class Running:
-    """A daemon under test."""
-
-    def __init__(self, trace: Path, port: int, log: Path) -> None:
-        self.trace, self.port, self.log = trace, port, log
-        command = [sys.executable, "-m", "llmtraced", "daemon", "--trace", str(trace)]
-        command += ["--listen", f"127.0.0.1:{port}", "--flush", "1s", "--scan", "200ms", "--json"]
-        self.said = log.with_suffix(".json")
-        with log.open("wb") as stderr, self.said.open("wb") as stdout:
-            self.process = subprocess.Popen(command, stderr=stderr, stdout=stdout)
-
-    def text(self) -> str:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode()
-        connection.close()
-        return text
-
-    def scrape(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-        return {
-            (s.name, tuple(sorted(s.labels.items()))): s.value
-            for family in text_string_to_metric_families(self.text())
-            for s in family.samples
-        }
-
-    def total(self, name: str, **labels: str) -> float:
-        wanted = set(labels.items())
-        return sum(v for (n, have), v in self.scrape().items() if n == name and wanted <= set(have))
-
-    def up(self) -> bool:
-        try:
-            self.scrape()
-        except OSError:
-            assert self.process.poll() is None, self.log.read_text()
-            return False
-        return True
-
-
-@contextmanager
-def daemon(tmp_path: Path) -> Iterator[Running]:
-    running = Running(tmp_path / "trace", free_port(), tmp_path / "daemon.log")
-    try:
-        wait_until(running.up, 60, "the daemon answers")
-        yield running
-    finally:
-        running.process.kill()
-        running.process.wait()
 
 
 def test_metrics_and_trace_tell_the_same_story(tmp_path: Path) -> None:
     ensure_llama_server()
     model = ensure_gemma()
     drop_cache(model)
-    with daemon(tmp_path) as running:
+    with Daemon(tmp_path / "trace", tmp_path / "daemon.log") as running:
         with MemoryCgroup(f"llmtraced-daemon-{os.getpid()}", int(model.stat().st_size * 0.75)) as cgroup:
             with Server(model, threads=1, ctx=512, extra=("--no-repack",), cgroup=cgroup) as server:
                 pid = str(server.pid)
@@ -111,10 +52,9 @@ def test_metrics_and_trace_tell_the_same_story(tmp_path: Path) -> None:
             wait_until(lambda: running.total("llmtraced_mapped_bytes", pid=second) > 0, 20, "the next server is found")
             server.completion([10, 11, 12], 3)
             time.sleep(0.5)
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(30) == 0, running.log.read_text()
+        running.end()
 
-    events = [json.loads(line) for line in running.said.read_text().splitlines()]
+    events = [json.loads(line) for line in running.said_file.read_text().splitlines()]
     assert [e["event"] for e in events][:: len(events) - 1] == ["ready", "stopped"]
     assert [e["event"] for e in events if e.get("pid") == int(pid)] == ["begin", "end"]
     sessions = [str(s) for s in open_trace(tmp_path / "trace").sessions]  # and what else ran on the machine
@@ -167,7 +107,7 @@ def test_a_scrape_of_2000_tensors(tmp_path: Path) -> None:
     writer.close()
     code = "import mmap, sys, time; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); "
     code += "print(sum(m[::4096]), flush=True); time.sleep(600)"
-    with daemon(tmp_path) as running:
+    with Daemon(tmp_path / "trace", tmp_path / "daemon.log") as running:
         reader = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
         try:
             pid = str(reader.pid)
@@ -189,7 +129,7 @@ def test_a_scrape_of_2000_tensors(tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path) -> None:
-    with daemon(tmp_path) as running:
+    with Daemon(tmp_path / "trace", tmp_path / "daemon.log") as running:
         command = [sys.executable, "-m", "llmtraced", "daemon", "--trace", "", "--listen", f"127.0.0.1:{running.port}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 1
