@@ -22,7 +22,7 @@ from llmtraced import clock
 from llmtraced.errors import LlmtracedError
 from llmtraced.gguf_map import Model, Tensor
 from llmtraced.prefetch.clock import INPUT, Tick, TickRing
-from llmtraced.prefetch.routing import ATTENTION, NORMS, SIGMOID
+from llmtraced.prefetch.routing import ATTENTION, by_sigmoid, parameters
 from llmtraced.probes import ticks as probes
 from llmtraced.schema import PHASES, SOURCES, TABLES
 from llmtraced.session import Session
@@ -85,12 +85,10 @@ def applied(model: Model) -> dict[str, list[Applied]]:
     """
     by_name = {tensor.name: tensor for tensor in model.tensors}
     experts = {t.layer: t.n_experts for t in model.tensors if t.n_experts and t.layer >= 0}
-    sigmoid = model.metadata.get(f"{model.architecture}.expert_gating_func") == SIGMOID
+    sigmoid = by_sigmoid(model)
 
-    def values(layer: int, names: Iterable[str], shape: tuple[int, ...]) -> Floats | None:
-        found = (by_name.get(f"blk.{layer}.{name}") for name in names)
-        one = next((t for t in found if t is not None and t.type == "F32" and t.shape == shape), None)
-        return None if one is None else _read(model, one)
+    def values(tensor: Tensor | None) -> Floats | None:
+        return None if tensor is None else _read(model, tensor)
 
     routers: dict[int, Applied] = {}
     norms: dict[int, tuple[Floats | None, Floats | None]] = {}
@@ -98,20 +96,10 @@ def applied(model: Model) -> dict[str, list[Applied]]:
         router = by_name.get(f"blk.{layer}.ffn_gate_inp.weight")
         if router is None or router.type != "F32" or router.shape[1:] != (n_experts,):
             continue
-        width = router.shape[:1]
-        routers[layer] = Applied(
-            layer,
-            SOURCES[0],
-            0,
-            _read(model, router),
-            values(layer, ["ffn_gate_inp.bias"], (n_experts,)),
-            values(layer, ["exp_probs_b.bias", "exp_probs_b"], (n_experts,)),
-            sigmoid,
-        )
-        norms[layer] = (
-            values(layer, [f"{name}.weight" for name in NORMS], width),
-            values(layer, ["attn_norm.weight"], width),
-        )
+        parts = parameters(by_name, layer, n_experts, router.shape[0])
+        bias, correction = values(parts["bias"]), values(parts["correction"])
+        routers[layer] = Applied(layer, SOURCES[0], 0, _read(model, router), bias, correction, sigmoid)
+        norms[layer] = values(parts["norm"]), values(parts["attention_norm"])
     found: dict[str, list[Applied]] = {}
     order = list(routers)
     for at, layer in enumerate(order):

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,6 +73,10 @@ class _Asked:
     prompt_tokens: int
     threads: int
     varied: bool = False
+
+    def settings(self, number: int) -> dict[str, Any]:
+        """Return how the tokens of a request are chosen."""
+        return {"temperature": 1.0, "seed": 1 + number} if self.varied else {}
 
     @property
     def prompt(self) -> list[int]:
@@ -154,11 +159,10 @@ def _decode(server: Server, asked: _Asked) -> tuple[list[dict[str, Any]], float,
     """Ask until enough decoding was timed; return the answers, and the milliseconds of so many tokens."""
     answers: list[dict[str, Any]] = []
     milliseconds, timed = 0.0, 0
-    while len(answers) < (_VARIED_REQUESTS if asked.varied else 1) or (
-        not asked.varied and milliseconds < _LEAST_SECONDS * 1e3 and len(answers) < _MOST_REQUESTS
-    ):
-        how = {"temperature": 1.0, "seed": 1 + len(answers)} if asked.varied else {}
-        answers.append(server.completion([5], asked.tokens, return_tokens=True, **how))
+    least, most = (_VARIED_REQUESTS, _VARIED_REQUESTS) if asked.varied else (1, _MOST_REQUESTS)
+    while len(answers) < least or (milliseconds < _LEAST_SECONDS * 1e3 and len(answers) < most):
+        settings = asked.settings(len(answers))
+        answers.append(server.completion([5], asked.tokens, return_tokens=True, **settings))
         # llama-server's clock begins when the first token is there, so it times one graph less than there are tokens.
         milliseconds += answers[-1]["timings"]["predicted_ms"]
         timed += answers[-1]["timings"]["predicted_n"] - 1
@@ -209,13 +213,9 @@ def _together(server: Server, asked: _Asked, sample: Path) -> dict[str, float]:
 def _settle(server: Server, beside: Sidecar | Vmtouch, asked: _Asked) -> tuple[bool, float]:
     """Ask for tokens until what runs beside the server has settled, or it has taken too long."""
     start = time.monotonic()
-    seed = 1 + _VARIED_REQUESTS
+    requests = count(_VARIED_REQUESTS)  # where they vary: like those that will be measured, but others
     while time.monotonic() - start < _SETTLE_SECONDS:
-        if asked.varied:  # like those that will be measured, but others
-            server.completion([5], asked.tokens, temperature=1.0, seed=seed)
-            seed += 1
-        else:
-            server.completion([5], _WARM_TOKENS)
+        server.completion([5], asked.tokens if asked.varied else _WARM_TOKENS, **asked.settings(next(requests)))
         if beside.ready():
             return True, time.monotonic() - start
     return False, time.monotonic() - start

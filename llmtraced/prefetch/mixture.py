@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from llmtraced.prefetch.clock import EXPERTS, INPUT, choices
 from llmtraced.prefetch.experts import ABSENT, HERE, Residency
-from llmtraced.prefetch.pages import Pages
+from llmtraced.prefetch.pages import Pages, copied
 from llmtraced.prefetch.router import Router
 
 __all__ = ["Mixture"]
@@ -41,13 +41,6 @@ _STALE_NS = 5_000_000  # a tick that is taken up so late is of the past
 _STRAY_BYTES = 2 << 20
 _EDGES = 64 << 10  # of an expert that is not kept: what its neighbours have in common with it
 _SWEEPS = 8  # and all layers have been looked at
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.process_vm_readv.restype = ctypes.c_ssize_t
-
-
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
 class _Layer:
@@ -217,8 +210,7 @@ class Mixture:
         if len(values) >= size:
             ctypes.memmove(self._input, values, size)
             return [ctypes.addressof(self._input)]
-        here, there = _Iovec(ctypes.addressof(self._input), size * rows), _Iovec(address, size * rows)
-        if _libc.process_vm_readv(self.pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0) != size * rows:
+        if not copied(self.pid, address, self._input, size * rows):
             return []
         return [ctypes.addressof(self._input) + size * row for row in range(rows)]
 

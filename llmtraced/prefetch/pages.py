@@ -17,10 +17,11 @@ import ctypes
 import errno
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from llmtraced.prefetch.policy import CHUNK
 
-__all__ = ["PATHS", "Pages"]
+__all__ = ["PATHS", "Pages", "copied"]
 
 PATHS = ("huge", "readahead", "willneed", "fadvise", "pread")
 """Ways to bring a chunk in: touching a huge-page mapping; readahead(2); process_madvise(2) MADV_WILLNEED on the
@@ -40,6 +41,7 @@ for _name in ("munmap", "mlock", "munlock"):
     getattr(_libc, _name).argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
 _libc.readahead.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_size_t]
 
 
@@ -51,6 +53,13 @@ def _check(result: int) -> None:
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def copied(pid: int, address: int, buffer: ctypes.Array[Any], nbytes: int) -> bool:
+    """Copy memory of a process into the beginning of a buffer; return whether all of it could be read."""
+    here, there = _Iovec(ctypes.addressof(buffer), nbytes), _Iovec(address, nbytes)
+    done: int = _libc.process_vm_readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+    return done == nbytes
 
 
 def _mapped(fd: int, size: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
@@ -11,14 +11,44 @@ from llmtraced.ggml_layout import Graph, Layout
 from llmtraced.gguf_map import Model, Tensor
 from llmtraced.prefetch.router import LANES, machine_code
 
-__all__ = ["ATTENTION", "NORMS", "SIGMOID", "mixture"]
+__all__ = ["ATTENTION", "by_sigmoid", "mixture", "parameters"]
 
-NORMS: Final = ("ffn_norm", "post_attention_norm")
+_NORMS: Final = ("ffn_norm", "post_attention_norm")
 """Norms whose result is a router's input, by what architectures call them; the first that a layer has."""
 ATTENTION: Final = ("attn_q", "attn_qkv", "attn_q_a")
 """Matrices that the input of a layer's attention is multiplied with first."""
-SIGMOID: Final = 2
-"""Value of ``expert_gating_func``: llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID."""
+_SIGMOID: Final = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
+
+
+def by_sigmoid(model: Model) -> bool:
+    """Tell whether a router's probabilities are its logits' sigmoid, not their softmax."""
+    return bool(model.metadata.get(f"{model.architecture}.expert_gating_func") == _SIGMOID)
+
+
+def parameters(by_name: Mapping[str, Tensor], layer: int, n_experts: int, width: int) -> dict[str, Tensor | None]:
+    """Return what belongs to a layer's router, float32, in one dimension; None: there is no such tensor.
+
+    Args:
+        by_name: the model's tensors.
+        layer: its number.
+        n_experts: of it.
+        width: of the router's input.
+
+    Returns:
+        ``norm``, whose result is the router's input; ``attention_norm``, likewise of the attention; ``bias`` of
+        the logits; ``correction`` of the probabilities before the choice.
+    """
+
+    def find(names: Iterable[str], count: int) -> Tensor | None:
+        found = (by_name.get(f"blk.{layer}.{name}") for name in names)
+        return next((t for t in found if t is not None and _plain(t) and t.shape == (count,)), None)
+
+    return {
+        "norm": find([f"{name}.weight" for name in _NORMS], width),
+        "attention_norm": find(["attn_norm.weight"], width),
+        "bias": find(["ffn_gate_inp.bias"], n_experts),
+        "correction": find(["exp_probs_b.bias", "exp_probs_b"], n_experts),
+    }
 
 
 def mixture(model: Model, graph: Graph, layout: Layout, marks: Mapping[str, int]) -> dict[str, Any]:
@@ -69,25 +99,18 @@ def mixture(model: Model, graph: Graph, layout: Layout, marks: Mapping[str, int]
         }
         return next((marks[t.name] for t in tensors if t.name in operators and t.name in marks), None)
 
-    def values(layer: int, names: Sequence[str], count: int) -> list[int] | None:
-        found = (by_name.get(f"blk.{layer}.{name}") for name in names)
-        one = next((t for t in found if t is not None and _plain(t) and t.shape == (count,)), None)
-        return None if one is None else [one.shard, one.offset, count]
-
     def of(layer: int, tensors: list[Tensor]) -> dict[str, Any]:
         router = routers[layer]
         attention = next((marks[n] for n in (f"blk.{layer}.{a}.weight" for a in ATTENTION) if n in marks), None)
         known = code is not None and router is not None and _plain(router)
+        found = parameters(by_name, layer, n_experts, width)
         return {
             "router_mark": marks.get(router.name) if known and router is not None else None,
             "experts_mark": first_mark(tensors),
             "slices": [[t.shard, t.offset, t.expert_bytes] for t in tensors],
             "router": [router.shard, router.offset] if known and router is not None else None,
-            "norm": values(layer, [f"{name}.weight" for name in NORMS], width),
-            "bias": values(layer, ["ffn_gate_inp.bias"], n_experts),
-            "correction": values(layer, ["exp_probs_b.bias", "exp_probs_b"], n_experts),
+            **{name: None if t is None else [t.shard, t.offset, t.shape[0]] for name, t in found.items()},
             "attention_mark": attention if known else None,
-            "attention_norm": values(layer, ["attn_norm.weight"], width),
         }
 
     return {
@@ -95,7 +118,7 @@ def mixture(model: Model, graph: Graph, layout: Layout, marks: Mapping[str, int]
         "n_used": used,
         "n": width if code is not None else 0,
         "code": code,
-        "sigmoid": model.metadata.get(f"{model.architecture}.expert_gating_func") == SIGMOID,
+        "sigmoid": by_sigmoid(model),
         "layers": [of(layer, tensors) for layer, tensors in sorted(layers.items())],
     }
 
