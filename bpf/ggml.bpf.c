@@ -33,12 +33,9 @@ struct op {
     u64 since;  // of the operator being computed; 0: none
     u32 more;   // a thread whose place this is had to take one of the next
     u32 slot;
-    u32 returns; // the operator ends with its function, not with the next one
-    u32 done;    // records that wait; the next one has been begun where since is not 0
-    u32 epoch;   // of those that wait
-    u32 spare;
-    u64 stack; // where the function was entered
-    u64 spares[2];
+    u32 done;  // records that wait; the next one has been begun where since is not 0
+    u32 epoch; // of those that wait
+    u64 spares[4];
     struct op_record records[LT_OPS];
 };
 BPF_F_TABLE("array", u32, struct op, ops, LT_OP_THREADS, BPF_F_MMAPABLE);
@@ -155,30 +152,28 @@ INLINE void end_op(u64 task, struct slot *slot, u32 number, struct op *op, u64 n
 }
 
 // The operator at dst begins, if it is to be recorded. now: 0 if not known yet.
-INLINE bool begin_op(struct slot *slot, struct op *op, u64 dst, u64 now, u32 returns) {
+INLINE void begin_op(struct slot *slot, struct op *op, u64 dst, u64 now) {
     u32 kind = 0, at_src = slot->tensor_src & 0xf8, at_op = slot->tensor_op & 0xfc,
         at_rows = (slot->tensor_ne + 8) & 0xf8;
-    if (!returns && slot->detail < DETAIL_FULL) { // most are none of ours, and a word tells
+    if (slot->detail < DETAIL_FULL) { // most are none of ours, and a word tells
         bpf_probe_read_user(&kind, sizeof(kind), (void *)(dst + at_op));
         if (kind != slot->op_mul_mat && (!slot->op_mul_mat_id || kind != slot->op_mul_mat_id))
-            return false;
+            return;
     }
     // All that is asked for in one go: fields one by one would be one cache miss after the other.
     char tensor[LT_TENSOR_BYTES];
     if (bpf_probe_read_user(tensor, sizeof(tensor), (void *)dst) || at_src > LT_TENSOR_BYTES - 16 ||
         at_op > LT_TENSOR_BYTES - 4 || at_rows > LT_TENSOR_BYTES - 8)
-        return false;
+        return;
     kind = *(u32 *)(tensor + at_op);
     if (slot->detail < DETAIL_FULL && kind != slot->op_mul_mat && (!slot->op_mul_mat_id || kind != slot->op_mul_mat_id))
-        return false;
+        return;
     struct event *event = &op->records[op->done & (LT_OPS - 1)].event;
     event->a = *(u64 *)(tensor + at_src);
     event->b = *(u64 *)(tensor + at_src + 8);
     event->d = kind | *(u64 *)(tensor + at_rows) << 32;
     event->ts = now ? now : bpf_ktime_get_ns();
     op->since = event->ts;
-    op->returns = returns;
-    return true;
 }
 
 int on_graph_return(struct pt_regs *ctx) {
@@ -190,7 +185,7 @@ int on_graph_return(struct pt_regs *ctx) {
     u64 now = bpf_ktime_get_ns();
     struct op *op = current_op(task);
     if (op) {
-        if (op->since && !op->returns)
+        if (op->since)
             end_op(task, slot, number, op, now);
         send_ops(slot, number, op);
         op->since = 0;
@@ -217,9 +212,11 @@ INLINE struct slot *slot_of(struct op *op, u32 *number) {
     return slot && slot->layout ? slot : 0;
 }
 
-// ggml_cpu_extra_compute_forward(params, dst), which ggml asks first for every operator, whoever computes it: one
-// probe sees them all. An operator ends where the thread's next begins, so its time includes waiting for the others.
-int on_any_op(struct pt_regs *ctx) {
+// The thread comes to its next operator: f(params, dst), or a C++ method with these arguments (LT_COOKIE_METHOD). f is
+// ggml_cpu_extra_compute_forward, which ggml asks first for every operator, whoever computes it; or a function for one
+// kind of them. An operator ends where the thread comes to another function that is probed, recorded or not, so its time
+// has waiting for the other threads in it. A probe on returns instead is dearer than twice as many on entries.
+int on_operator(struct pt_regs *ctx) {
     u64 task = this_task(), now = 0;
     u32 number = 0;
     struct op *op = current_op(task);
@@ -230,55 +227,9 @@ int on_any_op(struct pt_regs *ctx) {
         now = bpf_ktime_get_ns();
         end_op(task, slot, number, op, now);
     }
-    begin_op(slot, op, PT_REGS_PARM2(ctx), now, 0);
-    return 0;
-}
-
-INLINE void on_return(u64 task, struct op *op) {
-    u32 number = 0;
-    struct slot *slot = op->since ? slot_of(op, &number) : 0;
-    if (slot)
-        end_op(task, slot, number, op, bpf_ktime_get_ns());
-}
-
-// Entry and return in one program, which the kernel calls at the return only if it said 0 on entry (a uprobe session,
-// 6.13): the other threads are spared the second trap. The function is ggml_compute_forward_mul_mat(params, dst), or a
-// method with these arguments that multiplies what was repacked (LT_COOKIE_METHOD).
-int on_matrix(struct pt_regs *ctx) {
-    u64 task = this_task();
-    struct op *op = current_op(task);
-    if (!op)
-        return 1;
-    if (op->since && PT_REGS_SP(ctx) == op->stack + 8) { // a function returns with its return address taken off
-        on_return(task, op);
-        return 0;
-    }
-    op->stack = PT_REGS_SP(ctx);
-    u32 number = 0;
-    struct slot *slot = slot_of(op, &number);
     u64 dst = PT_REGS_PARM2(ctx), method_dst = PT_REGS_PARM3(ctx);
     __asm__ volatile("" : "+r"(dst), "+r"(method_dst)); // else one load, from an address that the verifier refuses
-    if (bpf_get_attach_cookie(ctx) & LT_COOKIE_METHOD)
-        dst = method_dst;
-    return slot && begin_op(slot, op, dst, 0, 1) ? 0 : 1;
-}
-
-// The same as two probes, for older kernels. ggml_compute_forward_mul_mat(const struct ggml_compute_params *, struct
-// ggml_tensor *dst)
-int on_mul_mat(struct pt_regs *ctx) {
-    u32 number = 0;
-    struct op *op = current_op(this_task());
-    struct slot *slot = op ? slot_of(op, &number) : 0;
-    if (slot)
-        begin_op(slot, op, PT_REGS_PARM2(ctx), 0, 1);
-    return 0;
-}
-
-int on_mul_mat_return(struct pt_regs *ctx) {
-    u64 task = this_task();
-    struct op *op = current_op(task);
-    if (op)
-        on_return(task, op);
+    begin_op(slot, op, bpf_get_attach_cookie(ctx) & LT_COOKIE_METHOD ? method_dst : dst, now);
     return 0;
 }
 

@@ -252,7 +252,7 @@ def _hooks(it: target.Target, tracer: Tracer | None) -> Iterator[Check]:
         remedy = "use a build whose symbols were not stripped, or one with shared libraries"
         yield Check("library", "degraded", why, remedy, required=False)
     for point in PROCESS_POINTS:
-        name, symbol = f"hook {point.program}", wanted.get(point.symbol)
+        name, symbol = f"hook {point}", wanted.get(point.symbol)
         if symbol is None:
             problem: str | None = f"{point}: this build has no such symbol"
         elif tracer is None:

@@ -38,7 +38,7 @@ __all__ = [
     "open_software_event",
     "open_tracepoint",
     "open_uprobe",
-    "open_uprobe_session",
+    "open_uprobes",
     "program_misses",
     "run_on_cpu",
     "try_bpf",
@@ -50,7 +50,7 @@ _BPF_MAP_LOOKUP_ELEM, _BPF_MAP_UPDATE_ELEM, _BPF_MAP_DELETE_ELEM = 1, 2, 3
 _BPF_PROG_LOAD, _BPF_PROG_TEST_RUN, _BPF_OBJ_GET_INFO_BY_FD, _BPF_RAW_TRACEPOINT_OPEN = 5, 10, 15, 17
 _BPF_LINK_CREATE = 28
 _BPF_PROG_TYPE_KPROBE, _BPF_PROG_TYPE_TRACING = 2, 26
-_BPF_TRACE_RAW_TP, _BPF_PERF_EVENT, _BPF_TRACE_UPROBE_MULTI, _BPF_TRACE_UPROBE_SESSION = 23, 41, 48, 57
+_BPF_TRACE_RAW_TP, _BPF_PERF_EVENT, _BPF_TRACE_UPROBE_MULTI = 23, 41, 48
 _BPF_F_UPROBE_MULTI_RETURN = 1
 _PERF_TYPE_SOFTWARE = 1
 _PERF_FLAG_FD_CLOEXEC = 8
@@ -141,14 +141,13 @@ def load_typed_tracepoint(name: str, instructions: bytes, btf_type: int) -> int:
     return _load(name, instructions, _BPF_PROG_TYPE_TRACING, _BPF_TRACE_RAW_TP, btf_type)
 
 
-def load_uprobe(name: str, instructions: bytes, *, session: bool = False) -> int:
-    """Load a program for :func:`open_uprobe`, or for :func:`open_uprobe_session`.
+def load_uprobe(name: str, instructions: bytes) -> int:
+    """Load a program for :func:`open_uprobe` and :func:`open_uprobes`.
 
     The rest is as in :func:`load_typed_tracepoint`. Kernels before 6.6, which do not know uprobe links, do not
     look at what a program of this type is loaded for.
     """
-    attach_type = _BPF_TRACE_UPROBE_SESSION if session else _BPF_TRACE_UPROBE_MULTI
-    return _load(name, instructions, _BPF_PROG_TYPE_KPROBE, attach_type, 0)
+    return _load(name, instructions, _BPF_PROG_TYPE_KPROBE, _BPF_TRACE_UPROBE_MULTI, 0)
 
 
 def _load(name: str, instructions: bytes, kind: int, attach_type: int, btf_type: int) -> int:
@@ -324,19 +323,19 @@ def _link_create(attr: bytes) -> int:
     return fd
 
 
-def open_uprobe_session(path: str, cookies: Mapping[int, int], pid: int, program: int, what: str) -> int:
-    """Attach ``program`` to functions' entries and returns, in process ``pid`` only (6.13); closing detaches from all.
+def open_uprobes(path: str, cookies: Mapping[int, int], pid: int, program: int, what: str) -> int:
+    """Attach ``program`` to functions' entries, in process ``pid`` only (6.6); closing detaches from all.
 
     Args:
         path: as for :func:`open_uprobe`.
         cookies: what ``bpf_get_attach_cookie`` gives the program, by the function's offset in the file.
         pid: the process.
-        program: from :func:`load_uprobe`. Where it returns 1 on entry, it is not called at the return.
+        program: from :func:`load_uprobe`.
         what: for the error message.
     """
     try:
         padded = {offset + _landing_pad(path, offset): cookie for offset, cookie in cookies.items()}
-        return _uprobe_link(path, padded, pid, program, kind=_BPF_TRACE_UPROBE_SESSION)
+        return _uprobe_link(path, padded, pid, program)
     except OSError as error:
         raise _cannot_attach(what, error.errno or 0) from error
 
@@ -357,13 +356,12 @@ def _uprobe_link(
     program: int,
     *,
     on_return: bool = False,
-    kind: int = _BPF_TRACE_UPROBE_MULTI,
 ) -> int:
     name = ctypes.create_string_buffer(os.fsencode(path))
     n = len(cookies)
     offsets, values = (ctypes.c_uint64 * n)(*cookies), (ctypes.c_uint64 * n)(*cookies.values())
     # prog_fd, target_fd, attach_type, flags; then path, offsets, ref_ctr_offsets, cookies, cnt, flags, pid
-    head = struct.pack("<IIII", program, 0, kind, 0)
+    head = struct.pack("<IIII", program, 0, _BPF_TRACE_UPROBE_MULTI, 0)
     addresses = ctypes.addressof(name), ctypes.addressof(offsets), 0, ctypes.addressof(values)
     flags = _BPF_F_UPROBE_MULTI_RETURN if on_return else 0
     return _link_create(head + struct.pack("<QQQQIII", *addresses, n, flags, pid))

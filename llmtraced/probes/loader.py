@@ -67,10 +67,7 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "on_flush": "RAW_TRACEPOINT",
     "on_graph": "UPROBE",
     "on_graph_return": "UPROBE",
-    "on_mul_mat": "UPROBE",
-    "on_mul_mat_return": "UPROBE",
-    "on_any_op": "UPROBE",
-    "on_matrix": "UPROBE_SESSION",
+    "on_operator": "UPROBE",
     "on_get_rows": "UPROBE",
 }
 """BPF programs and their types; uprobes are of type KPROBE as well, in ways that BCC does not know."""
@@ -330,9 +327,8 @@ def _compile(sizes: Sizes) -> tuple[dict[str, int], dict[str, Any]]:
             if name in _TYPED:  # BCC cannot say for which tracepoint
                 number = types.tracepoint_type(_TYPED[name])
                 descriptors[name] = kernel.load_typed_tracepoint(name, bpf.dump_func(name.encode()), number)
-            elif kind.startswith("UPROBE"):
-                code, session = bpf.dump_func(name.encode()), kind == "UPROBE_SESSION"
-                descriptors[name] = kernel.load_uprobe(name, code, session=session)
+            elif kind == "UPROBE":
+                descriptors[name] = kernel.load_uprobe(name, bpf.dump_func(name.encode()))
             else:
                 descriptors[name] = bpf.load_func(name, getattr(bcc.BPF, kind)).fd
         except Exception as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmtraced.schema import Detail
 
-__all__ = ["Kprobe", "Point", "SoftwareEvent", "Tracepoint", "Uprobe", "UprobeSession"]
+__all__ = ["Kprobe", "Point", "SoftwareEvent", "Tracepoint", "Uprobe", "UprobeSet"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +74,18 @@ class Uprobe:
 
 
 @dataclass(frozen=True, slots=True)
-class UprobeSession:
-    """Functions of the traced process's ggml, entry and return at once, for what single :class:`Uprobe` would see too.
+class UprobeSet:
+    """Functions of the traced process's ggml, all at once, for what single :class:`Uprobe` would see too.
 
-    One link for all (a uprobe session, Linux 6.13). ``symbol`` is a function, ``methods`` a regular expression of C++
-    methods that take the same arguments after their ``this``. Only where a build has both, and the hook for all
-    operators, is it known that they see all.
+    One link for all (Linux 6.6). ``symbol`` is a function, ``methods`` a regular expression of C++ methods that take
+    the same arguments after their ``this``. Only where a build has both, and the hook for all operators, is it known
+    that they see all. ``ends`` are functions that are not recorded themselves, and end what came before them.
     """
 
     program: str
     symbol: str
     methods: str
+    ends: tuple[str, ...]
     lost: str
     detail: Detail
 
@@ -94,7 +95,7 @@ class UprobeSession:
         return False
 
     def __str__(self) -> str:
-        return f"uprobe session {self.symbol}"
+        return f"uprobe {self.symbol} and methods"
 
 
 Point = Tracepoint | SoftwareEvent | Uprobe

@@ -243,9 +243,9 @@ class Tracer:
         if detail == MATRICES.detail and not experts:
             matrices = self._attach_matrices(slot, symbols)
         if matrices is not None:
-            wanted = [p for p in wanted if p.program == "on_get_rows" or p.detail < MATRICES.detail]
-        elif any(p.instead_of_ops and p.symbol in symbols for p in wanted):  # one that sees all, and needs no return
-            wanted = [p for p in wanted if not p.program.startswith("on_mul_mat")]
+            wanted = [p for p in wanted if p.program != MATRICES.program]
+        elif any(p.instead_of_ops and p.symbol in symbols for p in wanted):  # one that sees all
+            wanted = [p for p in wanted if p.symbol != MATRICES.symbol]
         attached = self._process_fds[slot]
         keep = {str(p) for p in wanted} | ({str(MATRICES)} if matrices else set())
         for name in [n for n in attached if n not in keep]:
@@ -269,9 +269,11 @@ class Tracer:
             return None
         if not all(kernel.emulated(s.library, s.offset) for s in (first, *methods)):
             return None  # single-stepped: dearer than a trap for each operator
+        ends = [symbols[name] for name in MATRICES.ends if name in symbols]
         cookies = {s.offset: slot | kernel.COOKIE_METHOD for s in methods} | {first.offset: slot}
+        cookies |= {s.offset: slot for s in ends if s.library == first.library and kernel.emulated(s.library, s.offset)}
         try:
-            fd = kernel.open_uprobe_session(first.library, cookies, self._slot_pids[slot], program, name)
+            fd = kernel.open_uprobes(first.library, cookies, self._slot_pids[slot], program, name)
         except LlmtracedError as error:
             log.debug("%s; %s", error, MATRICES.lost)
             return None

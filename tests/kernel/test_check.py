@@ -75,7 +75,7 @@ def test_a_process_with_a_model_and_without_ggml(user: subprocess.Popen[str], sm
     assert "100%" in found["mapped"]["detail"]
     assert found["library"]["status"] == "degraded"
     for point in PROCESS_POINTS:
-        hook = found[f"hook {point.program}"]
+        hook = found[f"hook {point}"]
         assert (hook["status"], hook["required"]) == ("degraded", False)
         assert point.lost in hook["detail"]
     assert found["memory limit"]["status"] in ("ok", "degraded")
