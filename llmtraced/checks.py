@@ -23,7 +23,7 @@ from llmtraced import elf, target
 from llmtraced.cgroup import cgroup_of
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.probes import KERNEL_POINTS, MATRICES, PROCESS_POINTS, kernel, loader
-from llmtraced.probes.attach import attach_point
+from llmtraced.probes.attach import attach_point, open_set
 from llmtraced.probes.points import Tracepoint
 from llmtraced.probes.tracer import Tracer
 from llmtraced.requirements import IN_CONTAINER, Check, Status, all_fine, read_text, system
@@ -266,6 +266,17 @@ def _hooks(it: target.Target, tracer: Tracer | None) -> Iterator[Check]:
         else:
             detail = f"attached and detached (from --detail {point.detail.name.lower()} on)"
             yield Check(name, "ok", f"{point}: {detail}", required=False)
+    if tracer is not None:
+        yield _matrices(it, tracer)
+
+
+def _matrices(it: target.Target, tracer: Tracer) -> Check:
+    name = f"hook {MATRICES}"
+    try:
+        os.close(open_set(MATRICES, it.symbols, it.pid, tracer.programs))
+    except LlmtracedError as error:
+        return Check(name, "degraded", f"{error}; lost: {MATRICES.lost}", required=False)
+    return Check(name, "ok", f"{MATRICES}: attached and detached (dense models, --detail ops)", required=False)
 
 
 def build_id(path: str) -> str:

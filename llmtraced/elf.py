@@ -10,12 +10,12 @@ import numpy as np
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
-__all__ = ["functions", "objects"]
+__all__ = ["functions"]
 
 _SYMBOL = np.dtype(
     [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("section", "<u2"), ("value", "<u8"), ("size", "<u8")]
 )
-_STT_OBJECT, _STT_FUNC = 1, 2
+_STT_FUNC = 2
 
 
 def functions(path: str, *prefixes: bytes) -> dict[str, int]:
@@ -28,23 +28,11 @@ def functions(path: str, *prefixes: bytes) -> dict[str, int]:
     with open(path, "rb") as stream:  # noqa: PTH123  a path in /proc
         elf = _open(stream)
         segments = [(s["p_vaddr"], s["p_filesz"], s["p_offset"]) for s in elf.iter_segments("PT_LOAD")]
-        for name, value, _ in _symbols(elf, prefixes, _STT_FUNC):
+        for name, value in _symbols(elf, prefixes):
             for address, size, offset in segments:
                 if address <= value < address + size:
                     found.setdefault(name, value - address + offset)
     return found
-
-
-def objects(path: str, prefix: bytes) -> dict[str, tuple[int, int]]:
-    """Return the variables whose names begin with ``prefix``: address relative to where the file is loaded, and size.
-
-    Raises:
-        ELFError, OSError, ValueError: not an ELF file, unreadable or malformed.
-    """
-    with open(path, "rb") as stream:  # noqa: PTH123  a path in /proc
-        elf = _open(stream)
-        base = min((s["p_vaddr"] for s in elf.iter_segments("PT_LOAD")), default=0)
-        return {name: (value - base, size) for name, value, size in _symbols(elf, (prefix,), _STT_OBJECT)}
 
 
 def _open(stream: BinaryIO) -> ELFFile:
@@ -54,18 +42,18 @@ def _open(stream: BinaryIO) -> ELFFile:
     return elf
 
 
-def _symbols(elf: ELFFile, prefixes: tuple[bytes, ...], kind: int) -> Iterator[tuple[str, int, int]]:
-    """Yield name, value and size; ``.symtab`` is missing in stripped files, ``.dynsym`` has what is exported."""
+def _symbols(elf: ELFFile, prefixes: tuple[bytes, ...]) -> Iterator[tuple[str, int]]:
+    """Yield name and value of functions; ``.symtab`` is missing in stripped files, ``.dynsym`` has what is exported."""
     for section in elf.iter_sections():
         if section["sh_type"] not in ("SHT_DYNSYM", "SHT_SYMTAB"):
             continue
         data = section.data()
         table = np.frombuffer(data, _SYMBOL, count=len(data) // _SYMBOL.itemsize)
         strings = elf.get_section(section["sh_link"]).data()
-        defined = table[((table["info"] & 15) == kind) & (table["section"] != 0)]
+        defined = table[((table["info"] & 15) == _STT_FUNC) & (table["section"] != 0)]
         # Anywhere, not only after a NUL: linkers store a name that ends another one inside it.
         wanted = {m.start() for m in re.finditer(b"|".join(map(re.escape, prefixes)), strings)}
         for symbol in defined[np.isin(defined["name"], np.fromiter(wanted, np.uint32, len(wanted)))]:
             start = int(symbol["name"])
             name = strings[start : strings.index(b"\0", start)].decode("ascii", "replace")
-            yield name, int(symbol["value"]), int(symbol["size"])
+            yield name, int(symbol["value"])

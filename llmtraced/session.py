@@ -19,12 +19,13 @@ from llmtraced.errors import LlmtracedError, printable
 from llmtraced.ggml_layout import Graph, Layout, derive, known_weights, memory_reader, read_graph
 from llmtraced.gguf_map import Model
 from llmtraced.ledger import Account, Ledger
+from llmtraced.operator_names import operator_names
 from llmtraced.probes.tracer import Tracer
 from llmtraced.resolve import Resolver
 from llmtraced.rows import RowMaker, TokenBook, join, pick
 from llmtraced.schema import TABLES, Detail, Kind, Phase, Probe
 from llmtraced.store import TraceWriter
-from llmtraced.target import Target, maps_text, operator_names, scan
+from llmtraced.target import Target, maps_text, scan
 
 __all__ = ["Account", "Session", "session_metadata", "session_name"]
 
@@ -230,8 +231,11 @@ class Session:
                 self._tries += 1
                 self.layout = derive(read, int(mark["a"]), weights)
                 self._apply_layout(self.layout)
-                self.op_names |= operator_names(self.target, read)
             graph = read_graph(read, int(mark["a"]), self.layout, weights)
+            if not self._graphs_read:
+                names = operator_names(self.target, read)
+                if self.op_names.items() <= names.items():  # what was derived stands there, too
+                    self.op_names = names
         except (LlmtracedError, OSError) as error:
             log.debug("process %d: graph %#x: %s", self.target.pid, int(mark["a"]), error)
             if self.layout is None and self._tries == _GRAPH_TRIES:

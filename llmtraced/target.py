@@ -11,12 +11,11 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 from elftools.common.exceptions import ELFError
 
 from llmtraced import elf
@@ -33,7 +32,6 @@ __all__ = [
     "gguf_arguments",
     "maps",
     "maps_text",
-    "operator_names",
     "parse_maps",
     "scan",
     "start_ticks",
@@ -357,33 +355,3 @@ def _ggml_symbols(pid: int) -> Iterator[tuple[str, Symbol]]:
             if name not in done:
                 done.add(name)
                 yield name, Symbol(path, offset)
-
-
-def operator_names(target: Target, read: Callable[[int, int], bytes]) -> dict[int, str]:
-    """Return the names of ``enum ggml_op`` in the target's build, from ggml's own table in its memory.
-
-    Args:
-        target: the process.
-        read: its memory: (address, length) → bytes.
-
-    Returns:
-        Value → name in lower case, such as 29 → ``mul_mat``; empty for a stripped build, which has no such symbol.
-    """
-    first: dict[tuple[int, int], Mapping] = {}
-    for mapping in maps(target.pid):
-        first.setdefault((mapping.device, mapping.inode), mapping)
-    for mapping in first.values():
-        if "ggml" not in os.path.basename(mapping.path) and mapping.path != os.path.realpath(f"/proc/{target.pid}/exe"):
-            continue
-        try:
-            found = elf.objects(reachable(target.pid, mapping), b"GGML_OP_NAME").get("GGML_OP_NAME")
-            if found is None or mapping.offset:
-                continue
-            address, size = found
-            pointers = np.frombuffer(read(mapping.start + address, size), np.uint64)
-            names = [read(int(p), 32).split(b"\0", 1)[0].decode("ascii", "replace").lower() for p in pointers]
-        except (ELFError, OSError, ValueError) as error:
-            log.debug("%s: no operator names: %s", mapping.path, error)
-            continue
-        return dict(enumerate(names))
-    return {}

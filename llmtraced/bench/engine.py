@@ -273,7 +273,8 @@ class SyncEngine:
         ctx: context size in tokens.
         repack: let it repack weights into anonymous memory.
         cgroup: start inside it.
-        package: the folder with ``llama-cpp-py-sync``; installed by :func:`fetch.ensure_sync_package` if None.
+        package: the folder with another ``llama-cpp-py-sync`` than the one of :func:`fetch.ensure_sync_package`, which
+            is installed in any case: what the package needs is beside it.
         log: the child's stderr, a temporary file if None.
         deadline_s: how long loading, or one :meth:`generate`, may take.
     """
@@ -308,12 +309,12 @@ class SyncEngine:
         return self._child.pid
 
     def __enter__(self) -> Self:
-        package = self.package or ensure_sync_package()
+        packages = [self.package, ensure_sync_package()]
         argv = self.cgroup.enter_command(self.argv) if self.cgroup else self.argv
         with self.log.open("w") as err:
             self._child = subprocess.Popen(
                 argv,
-                env={**os.environ, "PYTHONPATH": str(package)},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in packages if p)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=err,

@@ -1,4 +1,4 @@
-"""The second engine's process: libllama.so of the ``llama-cpp-py-sync`` wheel, driven over a pipe.
+"""The second engine's process: libllama.so of a ``llama-cpp-py-sync`` wheel (0.8233 and later), driven over a pipe.
 
 Run by :class:`llmtraced.bench.engine.SyncEngine` as ``python -P sync_driver.py MODEL …`` with that wheel on
 PYTHONPATH. It prints ``{"state": "ready", "pid": …}`` when the model is loaded, then for every line
@@ -25,7 +25,10 @@ def _load(lib: Any, ffi: Any, args: argparse.Namespace) -> tuple[Any, Any]:
     lib.llama_backend_init()
     params = lib.llama_model_default_params()
     params.use_extra_bufts = not args.no_repack
-    params.load_mode = 1  # LLAMA_LOAD_MODE_MMAP
+    if "load_mode" in dict(ffi.typeof(params).fields):
+        params.load_mode = 1  # LLAMA_LOAD_MODE_MMAP
+    else:  # builds before it
+        params.use_mmap, params.use_direct_io = True, False
     model = lib.llama_model_load_from_file(os.fsencode(args.model), params)
     if model == ffi.NULL:
         raise SystemExit(f"libllama cannot load {args.model}")

@@ -77,12 +77,9 @@ OP: Final = np.dtype(
         ("since", "<u8"),
         ("more", "<u4"),
         ("slot", "<u4"),
-        ("returns", "<u4"),
         ("done", "<u4"),
         ("epoch", "<u4"),
-        ("spare", "<u4"),
-        ("stack", "<u8"),
-        ("spares", "<u8", (2,)),
+        ("spares", "<u8", (4,)),
         ("records", OP_RECORD, (OP_RECORDS,)),
     ]
 )

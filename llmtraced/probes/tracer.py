@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import struct
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
 from llmtraced.probes import KERNEL_POINTS, MATRICES, PROCESS_POINTS, kernel, loader
-from llmtraced.probes.attach import attach_point, open_on_cpu, program
+from llmtraced.probes.attach import attach_point, open_on_cpu, open_set, program
 from llmtraced.probes.points import SoftwareEvent, Uprobe
 from llmtraced.probes.ringbuf import Ring
 from llmtraced.probes.shared import ACCOUNT, BOUND, CONFIG, COUNTER, FILE, OP, RANGE, SLOT, op_events
@@ -257,29 +256,19 @@ class Tracer:
 
     def _attach_matrices(self, slot: int, symbols: Mapping[str, Symbol]) -> Symbol | None:
         """Attach :data:`MATRICES` where it is known to see all matrices and to be cheaper; return where it is."""
-        name, program = str(MATRICES), self.programs.programs.get(MATRICES.program)
-        first = symbols.get(MATRICES.symbol)
-        methods = [s for n, s in symbols.items() if re.fullmatch(MATRICES.methods, n)]
-        hook = next((symbols[p.symbol] for p in PROCESS_POINTS if p.instead_of_ops and p.symbol in symbols), None)
+        name = str(MATRICES)
         if name in self._process_fds[slot]:
             return self._uprobes[slot][name]
-        if program is None or first is None or hook is None or not methods:
+        if not any(p.instead_of_ops and p.symbol in symbols for p in PROCESS_POINTS):
             return None
-        if {s.library for s in methods} != {first.library}:
-            return None
-        if not all(kernel.emulated(s.library, s.offset) for s in (first, *methods)):
-            return None  # single-stepped: dearer than a trap for each operator
-        ends = [symbols[name] for name in MATRICES.ends if name in symbols]
-        cookies = {s.offset: slot | kernel.COOKIE_METHOD for s in methods} | {first.offset: slot}
-        cookies |= {s.offset: slot for s in ends if s.library == first.library and kernel.emulated(s.library, s.offset)}
         try:
-            fd = kernel.open_uprobes(first.library, cookies, self._slot_pids[slot], program, name)
+            fd = open_set(MATRICES, symbols, self._slot_pids[slot], self.programs, slot)
         except LlmtracedError as error:
             log.debug("%s; %s", error, MATRICES.lost)
             return None
         self._process_fds[slot][name] = fd
-        self._uprobes[slot][name] = first
-        return first
+        self._uprobes[slot][name] = symbols[MATRICES.symbol]
+        return symbols[MATRICES.symbol]
 
     def _attach_uprobe(self, slot: int, point: Uprobe, symbols: Mapping[str, Symbol]) -> str | None:
         symbol = symbols.get(point.symbol)
