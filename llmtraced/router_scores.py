@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -22,7 +22,7 @@ from llmtraced import clock
 from llmtraced.errors import LlmtracedError
 from llmtraced.gguf_map import Model, Tensor
 from llmtraced.prefetch.clock import INPUT, Tick, TickRing
-from llmtraced.prefetch.routing import ATTENTION, by_sigmoid, parameters
+from llmtraced.prefetch.routing import ATTENTION, by_sigmoid, groups, parameters
 from llmtraced.probes import ticks as probes
 from llmtraced.schema import PHASES, SOURCES, TABLES
 from llmtraced.session import Session
@@ -54,6 +54,7 @@ class Applied:
         bias: float32 ``(n_experts,)``, added to the logits; None: none.
         correction: float32 ``(n_experts,)``, added to the probabilities before the choice (``exp_probs_b``); None.
         sigmoid: probabilities are the logits' sigmoid, not their softmax.
+        groups: how many groups of neighbours the experts are in, and from how many of these they are chosen.
     """
 
     layer: int
@@ -63,18 +64,36 @@ class Applied:
     bias: Floats | None = None
     correction: Floats | None = None
     sigmoid: bool = False
+    groups: tuple[int, int] = (1, 1)
 
     def scores(self, inputs: Floats) -> Floats:
-        """Return what the experts are ranked by, ``(rows, n_experts)``, of inputs ``(rows, n)``."""
+        """Return what the experts are ranked by, ``(rows, n_experts)``, of inputs ``(rows, n)``.
+
+        Of experts in groups, only those of the groups whose two best add up to the most can be chosen (DeepSeek-V3,
+        arXiv 2412.19437, 2.1.2); the others have -inf.
+        """
+        ranked = self._ranked(inputs)
+        count, used = self.groups
+        if count == 1:
+            return ranked
+        parts = ranked.reshape(len(ranked), count, -1)
+        worth = np.sort(parts, axis=2)[:, :, -2:].sum(2)
+        out = np.argsort(-worth, axis=1, kind="stable")[:, used:]
+        np.put_along_axis(parts, out[:, :, None], -np.inf, axis=1)
+        return parts.reshape(ranked.shape)
+
+    def _ranked(self, inputs: Floats) -> Floats:
         logits = inputs @ self.matrix.T
         if self.bias is not None:
             logits = logits + self.bias
-        if self.correction is None:
+        if self.correction is None and self.groups[0] == 1:
             return np.asarray(logits, np.float32)
         if self.sigmoid:
-            return np.asarray(1 / (1 + np.exp(-logits)) + self.correction, np.float32)
-        likely = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return np.asarray(likely / likely.sum(axis=1, keepdims=True) + self.correction, np.float32)
+            likely = 1 / (1 + np.exp(-logits))
+        else:
+            powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+            likely = powers / powers.sum(axis=1, keepdims=True)
+        return np.asarray(likely if self.correction is None else likely + self.correction, np.float32)
 
 
 def applied(model: Model) -> dict[str, list[Applied]]:
@@ -85,7 +104,7 @@ def applied(model: Model) -> dict[str, list[Applied]]:
     """
     by_name = {tensor.name: tensor for tensor in model.tensors}
     experts = {t.layer: t.n_experts for t in model.tensors if t.n_experts and t.layer >= 0}
-    sigmoid = by_sigmoid(model)
+    sigmoid, grouped = by_sigmoid(model), groups(model)
 
     def values(tensor: Tensor | None) -> Floats | None:
         return None if tensor is None else _read(model, tensor)
@@ -98,7 +117,7 @@ def applied(model: Model) -> dict[str, list[Applied]]:
             continue
         parts = parameters(by_name, layer, n_experts, router.shape[0])
         bias, correction = values(parts["bias"]), values(parts["correction"])
-        routers[layer] = Applied(layer, SOURCES[0], 0, _read(model, router), bias, correction, sigmoid)
+        routers[layer] = Applied(layer, SOURCES[0], 0, _read(model, router), bias, correction, sigmoid, grouped)
         norms[layer] = values(parts["norm"]), values(parts["attention_norm"])
     found: dict[str, list[Applied]] = {}
     order = list(routers)
@@ -120,7 +139,7 @@ def _moved(router: Applied, source: str, ahead: int, here: Floats | None, there:
     if here is None or there is None or router.matrix.shape[1:] != here.shape:
         return None
     ratio = np.divide(there, here, out=np.zeros_like(there), where=here != 0)
-    return Applied(router.layer, source, ahead, router.matrix * ratio, router.bias, router.correction, router.sigmoid)
+    return replace(router, source=source, ahead=ahead, matrix=router.matrix * ratio)
 
 
 def _read(model: Model, tensor: Tensor) -> Floats:

@@ -92,6 +92,7 @@ def moe_preset(
     quant: str = "Q8_0",
     arch: str = "llama",
     routing: Routing | None = None,
+    groups: tuple[int, int] = (1, 1),
 ) -> Shape:
     """Return a mixture-of-experts shape of about ``size_bytes`` (within 4 % from 100 MB up).
 
@@ -101,7 +102,7 @@ def moe_preset(
     ladder = ((10_000_000_000, 32, 2048), (1_000_000_000, 12, 1024), (200_000_000, 8, 512))
     layers, embd = next(((n, e) for least, n, e in ladder if size_bytes >= least), (4, 256))
     shape = Shape(layers, embd, 32, embd // 64, embd // 256, quant=quant, n_experts=n_experts, n_used=n_used, arch=arch)
-    return _fit(replace(shape, routing=routing or Routing()), size_bytes)
+    return _fit(replace(shape, routing=routing or Routing(), groups=groups), size_bytes)
 
 
 def write_dense(
@@ -267,6 +268,9 @@ def _add_metadata(writer: Any, shape: Shape, name: str) -> None:
     if arch.corrected:
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
         writer.add_expert_weights_norm(arch.renormalised)
+    if shape.groups[0] > 1:
+        writer.add_expert_group_count(shape.groups[0])
+        writer.add_expert_group_used_count(shape.groups[1])
     if arch.window:
         writer.add_sliding_window(arch.window)
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(BYTE_TOKENS))]

@@ -93,7 +93,8 @@ ARCHS: Final[Mapping[str, Arch]] = {
 class Shape:
     """What a model looks like; ``n_experts`` 0 means dense, else ``n_ff`` is the width of one expert.
 
-    ``arch`` is one of :data:`ARCHS`; ``routing`` says how experts are chosen.
+    ``arch`` is one of :data:`ARCHS`; ``routing`` says how experts are chosen; ``groups``, in how many groups of
+    neighbours they are, and from how many of these a token's are chosen.
     """
 
     n_layers: int
@@ -108,6 +109,7 @@ class Shape:
     n_ctx: int = 4096
     arch: str = "llama"
     routing: Routing = field(default_factory=Routing)
+    groups: tuple[int, int] = (1, 1)
 
     def check(self) -> None:
         """Raise :class:`LlmtracedError` (usage) if no engine could run this shape."""
@@ -124,6 +126,8 @@ class Shape:
             wrong = f"vocab must be at least {FIRST_BYTE + BYTE_TOKENS} (3 specials and 256 byte tokens)"
         elif self.n_experts and not 0 < self.n_used <= self.n_experts:
             wrong = "n_used must lie between 1 and n_experts"
+        elif self.groups != (1, 1) and (self.n_experts % self.groups[0] or not 0 < self.groups[1] < self.groups[0]):
+            wrong = "groups must be of equal size, and fewer used than there are"
         elif self.arch not in ARCHS:
             wrong = f"arch is {printable(self.arch)}, must be one of {', '.join(ARCHS)}"
         elif self.arch != "llama" and not self.n_experts:

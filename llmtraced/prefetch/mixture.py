@@ -110,7 +110,9 @@ class Mixture:
         self.total = sum(layer.nbytes * self.n_experts for layer in self.layers)
         self.router: Router | None = None
         if told["code"] is not None:
-            self.router = Router(told["code"], told["n"], self.n_experts, self.n_used, sigmoid=told["sigmoid"])
+            self.router = Router(
+                told["code"], told["n"], self.n_experts, self.n_used, sigmoid=told["sigmoid"], groups=told["groups"]
+            )
         self._ones = array("f", [1.0] * told["n"])
         layers = self.layers
         self._before = [_ratio(layer.attention_norm, layer.norm) or self._ones for layer in layers]

@@ -122,9 +122,12 @@ class Router:
         n_experts: of each layer.
         n_used: experts that a token uses in a layer.
         sigmoid: probabilities are the logits' sigmoid, not their softmax.
+        groups: how many groups of neighbours the experts are in, and from how many of these they are chosen.
     """
 
-    def __init__(self, fd: int, n: int, n_experts: int, n_used: int, *, sigmoid: bool = False) -> None:
+    def __init__(
+        self, fd: int, n: int, n_experts: int, n_used: int, *, sigmoid: bool = False, groups: Sequence[int] = (1, 1)
+    ) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.mmap.restype = ctypes.c_void_p
         self._libc.mmap.argtypes = [
@@ -142,6 +145,7 @@ class Router:
         kind = ctypes.CFUNCTYPE(None, *(ctypes.c_void_p,) * 4, ctypes.c_int64, ctypes.c_int64)
         self._code: Any = kind(address)
         self.n, self.n_experts, self.n_used, self.sigmoid = n, n_experts, n_used, sigmoid
+        self._groups, self._groups_used = groups
         self._logits = (ctypes.c_float * n_experts)()
 
     def choose(
@@ -165,11 +169,21 @@ class Router:
         scores: list[float] = self._logits[:]
         if bias is not None:
             scores = [score + more for score, more in zip(scores, bias, strict=True)]
+        if correction is not None or self._groups > 1:
+            scores = self._probabilities(scores)
         if correction is not None:
-            likely = self._probabilities(scores)
-            scores = [p + more for p, more in zip(likely, correction, strict=True)]
-        order = sorted(range(self.n_experts), key=scores.__getitem__, reverse=True)
+            scores = [p + more for p, more in zip(scores, correction, strict=True)]
+        order = sorted(self._admitted(scores), key=scores.__getitem__, reverse=True)
         return sorted(order[: self.n_used])
+
+    def _admitted(self, scores: list[float]) -> Sequence[int]:
+        """Return the experts of the groups whose two best add up to the most (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
+        size = self.n_experts // self._groups
+        if self._groups == 1:
+            return range(self.n_experts)
+        starts = range(0, self.n_experts, size)
+        best = sorted(starts, key=lambda at: sum(sorted(scores[at : at + size])[-2:]), reverse=True)
+        return [expert for at in best[: self._groups_used] for expert in range(at, at + size)]
 
     def _probabilities(self, logits: list[float]) -> list[float]:
         most = max(logits)

@@ -11,7 +11,7 @@ from llmtraced.ggml_layout import Graph, Layout
 from llmtraced.gguf_map import Model, Tensor
 from llmtraced.prefetch.router import LANES, machine_code
 
-__all__ = ["ATTENTION", "by_sigmoid", "mixture", "parameters"]
+__all__ = ["ATTENTION", "by_sigmoid", "groups", "mixture", "parameters"]
 
 _NORMS: Final = ("ffn_norm", "post_attention_norm")
 """Norms whose result is a router's input, by what architectures call them; the first that a layer has."""
@@ -23,6 +23,14 @@ _SIGMOID: Final = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 def by_sigmoid(model: Model) -> bool:
     """Tell whether a router's probabilities are its logits' sigmoid, not their softmax."""
     return bool(model.metadata.get(f"{model.architecture}.expert_gating_func") == _SIGMOID)
+
+
+def groups(model: Model) -> tuple[int, int]:
+    """Return in how many groups a layer's experts are, and from how many of them a token's are chosen; (1, 1): all."""
+    count, used = (model.metadata.get(f"{model.architecture}.expert_group_{what}") for what in ("count", "used_count"))
+    if isinstance(count, int) and isinstance(used, int) and 0 < used < count:
+        return count, used
+    return 1, 1
 
 
 def parameters(by_name: Mapping[str, Tensor], layer: int, n_experts: int, width: int) -> dict[str, Tensor | None]:
@@ -66,10 +74,11 @@ def mixture(model: Model, graph: Graph, layout: Layout, marks: Mapping[str, int]
         (null: the clock cannot tell), ``slices`` (file, offset of the first expert's, bytes of each) in the order of
         use, ``router`` (file, offset), ``norm``, ``bias`` of the logits and ``correction`` of the probabilities (file,
         offset, length) or null; and ``attention_mark`` and ``attention_norm`` of the same kind, for the layer's
-        attention; ``sigmoid``: probabilities are the logits' sigmoid, not their softmax.
+        attention; ``sigmoid``: probabilities are the logits' sigmoid, not their softmax; ``groups``: :func:`groups`.
 
     Raises:
-        LlmtracedError: the layers differ, or the file does not say how many experts are used.
+        LlmtracedError: the layers differ, the experts do not fit into their groups, or the file does not say how many
+            are used.
     """
     by_name = {tensor.name: tensor for tensor in model.tensors}
     order = [graph.weights[source][0] for node in graph.nodes for source in node.sources if source in graph.weights]
@@ -83,6 +92,9 @@ def mixture(model: Model, graph: Graph, layout: Layout, marks: Mapping[str, int]
     if len(experts) != 1 or not isinstance(used, int) or not 0 < used <= max(experts):
         raise LlmtracedError("its layers have different numbers of experts, or it does not say how many", UNSUPPORTED)
     n_experts = experts.pop()
+    grouped = groups(model)
+    if n_experts % grouped[0] or n_experts // grouped[0] * grouped[1] < used:
+        raise LlmtracedError(f"its {n_experts} experts cannot be in {grouped[0]} equal groups", UNSUPPORTED)
     routers = {layer: by_name.get(f"blk.{layer}.ffn_gate_inp.weight") for layer in layers}
     widths = {t.shape[0] for t in routers.values() if t is not None and _plain(t) and t.shape[1:] == (n_experts,)}
     width = widths.pop() if len(widths) == 1 else 0
@@ -119,6 +131,7 @@ def mixture(model: Model, graph: Graph, layout: Layout, marks: Mapping[str, int]
         "n": width if code is not None else 0,
         "code": code,
         "sigmoid": by_sigmoid(model),
+        "groups": grouped,
         "layers": [of(layer, tensors) for layer, tensors in sorted(layers.items())],
     }
 

@@ -507,10 +507,14 @@ def test_a_hundred_kills_change_no_byte(
     assert read_per_token(server, expected) > unaided / 2
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt-oss", "hy_v3"])  # no bias; of the logits; of the probabilities
-def test_a_mixtures_choices_are_known_before_they_are_made(tmp_path: Path, llama_server: Path, arch: str) -> None:
+@pytest.mark.parametrize(
+    ("arch", "groups"), [("llama", (1, 1)), ("gpt-oss", (1, 1)), ("hy_v3", (8, 4))]
+)  # no bias; of the logits; of the probabilities, and experts in groups
+def test_a_mixtures_choices_are_known_before_they_are_made(
+    tmp_path: Path, llama_server: Path, arch: str, groups: tuple[int, int]
+) -> None:
     """Tokens stay the same; what the sidecar works out from a router's input is what the server then says it uses."""
-    shape = models.moe_preset(120 * MB, arch=arch)
+    shape = models.moe_preset(120 * MB, arch=arch, groups=groups)
     path = models.write(tmp_path / "moe.gguf", shape)
     drop_cache(path)
     limit, group = 100 * MIB, MemoryCgroup(f"llmtraced-test-mixture-{os.getpid()}", 100 * MIB)

@@ -107,26 +107,28 @@ def test_a_thousand_tokens_choose_what_their_routers_say(tmp_path: Path, llama_s
     print(f"{compared} choices of {shape.n_used} experts, {tokens} tokens: {ties} ties, no other difference")
 
 
+ALL = (1, 1)
 SHAPES = (
-    ("llama", 8, 2),  # Mixtral's
-    ("llama", 32, 14),  # more than a record of the probe holds
-    ("qwen2moe", 16, 4),
-    ("deepseek", 16, 3),
-    ("gpt-oss", 32, 4),
-    ("hy_v3", 16, 2),
+    ("llama", 8, 2, ALL),  # Mixtral's
+    ("llama", 32, 14, ALL),  # more than a record of the probe holds
+    ("qwen2moe", 16, 4, ALL),
+    ("deepseek", 16, 3, ALL),
+    ("gpt-oss", 32, 4, ALL),
+    ("hy_v3", 16, 2, ALL),
+    ("hy_v3", 32, 4, (8, 4)),  # DeepSeek-V3's groups
 )
 
 
 def test_all_architectures_are_tried() -> None:
-    assert {arch for arch, _, _ in SHAPES} == set(ARCHS)
+    assert {arch for arch, *_ in SHAPES} == set(ARCHS)
 
 
-@pytest.mark.parametrize(("arch", "n_experts", "n_used"), SHAPES)
+@pytest.mark.parametrize(("arch", "n_experts", "n_used", "groups"), SHAPES)
 def test_each_shape_has_the_right_ids_and_the_right_slices(
-    tmp_path: Path, llama_server: Path, arch: str, n_experts: int, n_used: int
+    tmp_path: Path, llama_server: Path, arch: str, n_experts: int, n_used: int, groups: tuple[int, int]
 ) -> None:
     """Ids are the routers', and no slice of others is touched; merged or fused matrices, biases, layers without."""
-    shape = models.moe_preset(SIZE, n_experts=n_experts, n_used=n_used, arch=arch)
+    shape = models.moe_preset(SIZE, n_experts=n_experts, n_used=n_used, arch=arch, groups=groups)
     path = models.write(tmp_path / "m.gguf", shape)
     trace = record(tmp_path / "trace", path, llama_server, 61, page_out=True)
     compared, ties, _ = compare(trace)

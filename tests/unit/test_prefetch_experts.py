@@ -148,6 +148,30 @@ def test_bias_and_correction_are_added_where_they_belong(code: int, sigmoid: boo
     assert differ > 10
 
 
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_experts_are_chosen_from_the_best_groups(code: int, sigmoid: bool) -> None:
+    """The case by hand: group sums of the two best are 5+1, 4+3, 2+2; the best expert is in a group that is out."""
+    random = np.random.default_rng(11)
+    router, every = (Router(code, 96, 24, 4, sigmoid=sigmoid, groups=groups) for groups in ((6, 2), (1, 1)))
+    differ = 0
+    for _ in range(20):
+        w = random.normal(size=(24, 96)).astype(np.float32) / 8
+        x, scale = random.normal(size=96).astype(np.float32), np.ones(96, np.float32)
+        correction = random.normal(size=24)
+        logits = w.astype(np.float64) @ x
+        likely = 1 / (1 + np.exp(-logits)) if sigmoid else np.exp(logits) / np.exp(logits).sum()
+        ranked = likely + correction
+        worth = {group: sum(sorted(ranked[4 * group : 4 * group + 4])[-2:]) for group in range(6)}
+        first, second = sorted(worth, key=lambda group: worth[group])[-2:]
+        admitted = [*range(4 * first, 4 * first + 4), *range(4 * second, 4 * second + 4)]
+        at = (w.ctypes.data, x.ctypes.data, scale.ctypes.data)
+        chosen = router.choose(*at, None, correction.tolist())
+        assert chosen == sorted(sorted(admitted, key=lambda expert: ranked[expert])[-4:])
+        differ += chosen != every.choose(*at, None, correction.tolist())
+    assert differ > 5
+    assert Router(code, 96, 6, 2, groups=(3, 1))._admitted([5.0, 1.0, 4.0, 3.0, 2.0, 2.0]) == [2, 3]
+
+
 def test_the_codes_pages_cannot_be_written_to(code: int) -> None:
     router = Router(code, LANES, 2, 1)
     assert router.n == LANES

@@ -94,6 +94,18 @@ def test_a_choice_by_corrected_probabilities() -> None:
     assert softmax[0] == pytest.approx(likely + correction, rel=1e-5)
 
 
+def test_experts_of_groups_that_are_not_the_best_are_out_of_the_question() -> None:
+    x = np.array([[1.0, 0, 0, 0]], np.float32)
+    matrix = np.zeros((6, 4), np.float32)
+    matrix[:, 0] = np.log([5.0, 1, 4, 3, 2, 2])  # group sums of probabilities in seventeenths: 6, 7, 4
+    one = replace(ONE, matrix=matrix, groups=(3, 2)).scores(x)
+    assert one[0, :4] == pytest.approx(np.array([5, 1, 4, 3]) / 17)
+    assert np.isneginf(one[0, 4:]).all()
+    one = replace(ONE, matrix=matrix, groups=(3, 1), correction=np.array([0, 0, 0, 0, 1, 1], np.float32)).scores(x)
+    assert np.isneginf(one[0, :4]).all()
+    assert one[0, 4:] == pytest.approx(2 / 17 + 1)
+
+
 def test_a_dense_model_has_no_routers(tmp_path: Path) -> None:
     assert applied(read_model(models.write(tmp_path / "d.gguf", models.TINY_DENSE))) == {}
 
