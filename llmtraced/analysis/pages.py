@@ -34,6 +34,7 @@ CLOCK: Final = 7
 
 _KEPT: Final = 1 << 20  # rows that are kept before those that no page needs are forgotten, at least
 _SHIFT: Final = PAGE.bit_length() - 1
+_SPARE: Final = 1 << 30
 _PAGES: Final = 1 << FILE - _SHIFT  # of a file, at most
 
 
@@ -212,6 +213,15 @@ def _by_block(some: Bools, row: Ints, before: Ints, begin: Ints, end: Ints) -> t
     return found[0], found[1], found[2], found[3]
 
 
+def _limit(trace: Trace) -> int:
+    """Return the bytes of a file beyond which a row is damaged, for the memory to follow pages goes with the highest.
+
+    A file that was replaced may be longer than the footers say, but not a great many times.
+    """
+    sizes = [int(model.get("size_bytes") or 0) for model in trace.meta["models"]]
+    return min(_SPARE + 16 * max(sizes), 1 << FILE - 2) if all(sizes) and sizes else 1 << FILE - 2
+
+
 class Pages:
     """The state of all pages of a trace's models.
 
@@ -219,6 +229,7 @@ class Pages:
         models, names, phases, causes, comms: the words of the columns ``model``, ``tensor_name``, ``phase``, ``cause``
             (first those of CAUSES) and ``comm``.
         start_ns: what times count from.
+        limit: no row begins at a file's byte from here on, for then it is damaged.
     """
 
     def __init__(
@@ -232,6 +243,7 @@ class Pages:
         self.phases, self.comms = Words(), Words()
         self.causes, self._actions = Words(*CAUSES), Words("evict", "add")
         self._wanted = phase, order
+        self.limit = _limit(trace)
         self._lock = Lock()  # files and tensors are found by several threads
         self._file: dict[tuple[int, int], int] = {}  # first page, of model and shard
         self._shifts = self._mapped()
@@ -364,7 +376,7 @@ class Pages:
         mark += np.array(causes or [0], np.int64)[batch["cause"]] << 1
         mark += batch["action"] == 1
         offset = batch["offset_bytes"]
-        if offset.size and (offset.min() < 0 or (offset + batch["bytes"]).max() > 1 << FILE - 1):
+        if offset.size and (offset.min() < 0 or offset.max() >= self.limit or batch["bytes"].max() > self.limit):
             raise LlmtracedError(
                 "cannot read the trace's data (pages that no file has): move the damaged file out of it"
             )

@@ -212,7 +212,7 @@ def _faults(trace: Trace, pages: Pages) -> Iterator[_Ended]:
 
     def events(rows: Batch) -> _Ended:
         key = pages.first_page(rows["model"], rows["shard"]) + (rows["offset_bytes"] >> _SHIFT)
-        key[rows["offset_bytes"] >> FILE - 1 != 0] = -1
+        key[(rows["offset_bytes"] < 0) | (rows["offset_bytes"] >= pages.limit)] = -1
         return _ended(rows["timestamp"] - pages.start_ns, rows["latency_ns"], key)
 
     return batches(trace, "faults", columns, events)

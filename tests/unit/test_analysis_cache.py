@@ -17,6 +17,7 @@ from llmtraced.analysis.cache import FATES, cache
 from llmtraced.analysis.reread import reread
 from llmtraced.analysis.spread import Spread
 from llmtraced.analysis.trace import open_trace
+from llmtraced.errors import LlmtracedError
 from llmtraced.reporters import cache as show
 from llmtraced.reporters import reread as show_reread
 from llmtraced.reporters.text import Style
@@ -474,3 +475,29 @@ def test_another_session_does_not_count(trace: Builder) -> None:
     move(trace, (100, "add", "t", 0, 1))
     trace.write("pagecache", [{"tensor_name": "t", "offset_bytes": 0, "bytes": 7}], session="aaaaaaaa-1-1")
     assert cache(open_trace(trace.path, SESSION))["added_bytes"] == PAGE
+
+
+LAST = (1 << 30) + 16 * 100_000 & -PAGE  # bytes of a file that are followed, of a model of 100,000
+
+
+def test_the_last_page_that_a_file_can_have_is_followed(trace: Builder) -> None:
+    last = LAST // PAGE - 1
+    move(trace, (10, "add", "blk.0.a", last, 1), (20, "evict", "blk.0.a", last, 1), (30, "add", "blk.0.a", last, 1))
+    fault(trace, (12, last, 5))
+    report = cache(open_trace(trace.path))
+    assert (report["added_bytes"], report["evicted_bytes"], report["resident_bytes"]) == (2 * PAGE, PAGE, PAGE)
+    assert fates(report) == {"used": 1, "pending": 1}
+
+
+@pytest.mark.parametrize(("page", "pages"), [(LAST // PAGE + 1, 1), (1 << 31, 1), (0, 1 << 30), (-1, 1)])
+def test_a_page_that_no_file_has_is_said_to_be_damage(trace: Builder, page: int, pages: int) -> None:
+    move(trace, (10, "add", "blk.0.a", page, pages))
+    for question in (cache, reread):
+        with pytest.raises(LlmtracedError, match="pages that no file has"):
+            question(open_trace(trace.path))
+
+
+def test_a_fault_beyond_any_file_counts_for_no_page(trace: Builder) -> None:
+    move(trace, (10, "add", "blk.0.a", 0, 1), (20, "evict", "blk.0.a", 0, 1))
+    fault(trace, (12, LAST // PAGE, 5))
+    assert fates(cache(open_trace(trace.path))) == {"wasted": 1}
