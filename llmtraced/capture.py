@@ -40,6 +40,7 @@ class Capture:
         flush_seconds: how old a record may be before it is in a file.
         ring_bytes: size of the ring, a power of two.
         router_scores: record what a mixture's routers say, too; ``detail`` must be more than ``FAULTS``.
+        tracer: a loaded one, for its owner to close; by default one is loaded, which takes seconds.
     """
 
     def __init__(
@@ -50,12 +51,14 @@ class Capture:
         flush_seconds: float = 5.0,
         ring_bytes: int = 16 << 20,
         router_scores: bool = False,
+        tracer: Tracer | None = None,
     ) -> None:
         if ring_bytes & (ring_bytes - 1) or ring_bytes < 1 << 16:
             raise LlmtracedError(f"the ring must be a power of two of at least 64K, not {ring_bytes} bytes", USAGE)
         self.folder = folder
         self.detail = detail
-        self.tracer = Tracer(Sizes(ring_bytes=ring_bytes))
+        self._owned = tracer is None
+        self.tracer = tracer or Tracer(Sizes(ring_bytes=ring_bytes))
         self.recorder = Recorder(self.tracer, flush_seconds)
         self.session: Session | None = None
         self._scores: ScoreRecorder | None = None
@@ -89,8 +92,10 @@ class Capture:
         Raises:
             LlmtracedError: it cannot be started.
         """
-        if shutil.which(command[0], path=(env or os.environ).get("PATH")) is None:
+        program = shutil.which(command[0], path=(env or os.environ).get("PATH"))
+        if program is None:
             raise LlmtracedError(f"cannot start {command[0]}: no such program")
+        targets.prepare(program)
         # The shell stops itself and, once we have looked, becomes the command, in the same process.
         waiting = ["/bin/sh", "-c", 'kill -STOP $$; exec "$@"', "sh", *command]
         self._child = subprocess.Popen(waiting, env=dict(env) if env is not None else None)
@@ -143,9 +148,11 @@ class Capture:
         self.recorder.close()
         if self._scores is not None:
             self._scores.write()
-        self.tracer.close()
+        if self._owned:
+            self.tracer.close()
         if self.session is None:
             return {"trace": str(self.folder), "account": {}, "rows": {}}
+        self.session.tell_what_was_not_seen()
         return {
             "trace": str(self.folder),
             "session": self.session.writer.session,
@@ -166,6 +173,7 @@ class Capture:
         for probe, cell in self.session.account.items():
             lost = f", {cell['dropped']:,} dropped" if cell["dropped"] else ", none dropped"
             yield f"{probe}: {cell['counted']:,} counted in the kernel, {cell['delivered']:,} recorded{lost}"
+        yield from self.session.problems
         size = sum(self.session.writer.bytes.values())
         yield f"{size / 1e6:.1f} MB in {self.folder}; next: llmtraced report summary {self.folder}"
 

@@ -22,6 +22,7 @@ from elftools.elf.sections import NoteSection
 from llmtraced import elf, target
 from llmtraced.cgroup import cgroup_of
 from llmtraced.errors import LlmtracedError, printable
+from llmtraced.loading import why_unmapped
 from llmtraced.probes import KERNEL_POINTS, MATRICES, PROCESS_POINTS, kernel, loader
 from llmtraced.probes.attach import attach_point, open_set
 from llmtraced.probes.points import Tracepoint
@@ -225,21 +226,22 @@ def process(pid: int, tracer: Tracer | None) -> Iterator[Check]:
         yield Check("model", "ok", f"{printable(label)}: {len(model.tensors)} tensors, {size:.2f} GB{parts}")
     for problem in it.problems:
         yield Check("model", "degraded", printable(problem, 500), required=False)
-    yield _mapped(it)
+    yield from _mapped(it)
     yield from _hooks(it, tracer)
     yield _limit(it)
     yield from _readahead(it)
 
 
-def _mapped(it: target.Target) -> Check:
+def _mapped(it: target.Target) -> Iterator[Check]:
     total = sum(s.size for m in it.models.values() for s in m.shards)
     text = f"{it.mapped_bytes / 1e9:.2f} of {total / 1e9:.2f} GB ({it.mapped_bytes / max(total, 1):.0%})"
     if it.mapped_bytes:
-        return Check("mapped", "ok", text, required=False)
-    why = "nothing: the model was read, not mapped, so its weights cannot be faulted or evicted; reads are recorded"
-    return Check(
-        "mapped", "degraded", why, "start the server without --no-mmap or --load-mode none|dio", required=False
-    )
+        locked = it.locked_bytes
+        text += f"; {locked / 1e9:.2f} GB are locked in memory by the process itself" if locked else ""
+        yield Check("mapped", "ok", text, required=False)
+    remedy = "start the server with --load-mode mmap" if not it.mapped_bytes else ""
+    for label in it.unmapped:
+        yield Check("mapped", "degraded", why_unmapped(label, it.command), remedy, required=False)
 
 
 def _hooks(it: target.Target, tracer: Tracer | None) -> Iterator[Check]:

@@ -11,10 +11,11 @@ has, in this order, ``type, buffer, ne[4], nb[4], op, …, src[10], …, data, n
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +28,7 @@ __all__ = [
     "Layout",
     "Node",
     "Weight",
+    "Weights",
     "derive",
     "known_weights",
     "memory_reader",
@@ -44,6 +46,8 @@ _SOURCES: Final = 10  # GGML_MAX_SRC
 _MAX_NODES: Final = 1 << 20
 _SAMPLE: Final = 160  # nodes that are looked at: a few layers
 _HEADS: Final = 16  # tensors whose first bytes are read from the file, where none is mapped
+_ADAPTER: Final = re.compile(r"\.lora_[ab]$")  # llama.cpp's names for what an adapter adds to a weight
+_WEIGHT: Final = re.compile(r"\.(weight|bias|lora_[ab])$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,24 +71,32 @@ class Weight:
     """What is known of a weight from its file.
 
     Attributes:
+        model: label of the model that has it.
         shape: elements, in ggml's order.
         address: where the process has mapped it, None where it is not mapped.
         head: returns its first bytes in the file; asked only where ``address`` is None, for it reads from disk.
     """
 
+    model: str
     shape: tuple[int, ...]
     address: int | None
     head: Callable[[], bytes]
 
 
-def known_weights(models: Mapping[str, Model], address: Callable[[str, int, int], int | None]) -> dict[str, Weight]:
-    """Return what files and mappings tell of the weights, by name; of equal names the first that is mapped.
+Weights = Mapping[str, Sequence[Weight]]
+"""By name: a draft model's weights have the names of those of the model that it drafts for."""
+
+
+def known_weights(
+    models: Mapping[str, Model], address: Callable[[str, int, int], int | None]
+) -> dict[str, list[Weight]]:
+    """Return what files and mappings tell of the weights, by name.
 
     Args:
         models: by label.
         address: where a byte of a model is mapped: (label, shard, offset in the file) → address, or None.
     """
-    weights: dict[str, Weight] = {}
+    weights: dict[str, list[Weight]] = {}
     for label, model in models.items():
         for tensor in model.tensors:
             path, offset, size = model.shards[tensor.shard].path, tensor.offset, tensor.size
@@ -97,8 +109,8 @@ def known_weights(models: Mapping[str, Model], address: Callable[[str, int, int]
                 finally:
                     os.close(fd)
 
-            if tensor.name not in weights or weights[tensor.name].address is None:
-                weights[tensor.name] = Weight(tensor.shape, address(label, tensor.shard, offset), head)
+            place = address(label, tensor.shard, offset)
+            weights.setdefault(tensor.name, []).append(Weight(label, tensor.shape, place, head))
     return weights
 
 
@@ -119,10 +131,22 @@ class Graph:
     Attributes:
         nodes: in order.
         weights: address of the ``ggml_tensor`` → (name, address of its data).
+        models: address of a weight's ``ggml_tensor`` → label of its model; not there where that is not clear.
+        strangers: names of what must be weights, but is in no model that is known.
     """
 
     nodes: tuple[Node, ...]
     weights: Mapping[int, tuple[str, int]]
+    models: Mapping[int, str] = field(default_factory=dict)
+    strangers: frozenset[str] = frozenset()
+
+    @property
+    def model(self) -> str | None:
+        """The model that it evaluates: most of the weights are of it, adapters aside. None: that is not clear."""
+        counted = Counter(
+            label for address, label in self.models.items() if not _ADAPTER.search(self.weights[address][0])
+        )
+        return counted.most_common(1)[0][0] if counted else None
 
     def sequence(self, ops: Sequence[int]) -> list[str]:
         """Return the weights of nodes whose operator is in ``ops``, in order: the per-token access sequence."""
@@ -166,7 +190,7 @@ def _unsupported(why: str) -> LlmtracedError:
     return LlmtracedError(f"cannot read this build's compute graph: {why}", UNSUPPORTED)
 
 
-def derive(read: Reader, graph: int, weights: Mapping[str, Weight]) -> Layout:
+def derive(read: Reader, graph: int, weights: Weights) -> Layout:
     """Work out the layout from one live graph.
 
     Args:
@@ -185,7 +209,7 @@ def derive(read: Reader, graph: int, weights: Mapping[str, Weight]) -> Layout:
     if not 0 < n_nodes <= max(size, n_nodes) <= _MAX_NODES or size < 0 or not _plausible(nodes_at):
         raise _unsupported(f"no graph at its address (size {size}, {n_nodes} nodes)")
     addresses = _pointers(read(nodes_at, n_nodes * 8))
-    known = {name.encode(): weight for name, weight in weights.items()}
+    known = {name.encode(): same for name, same in weights.items()}
     sample = addresses[:_SAMPLE]
     tensors = {a: _try(read, a) for a in sample}
     if any(not data for data in tensors.values()):
@@ -217,10 +241,10 @@ def derive(read: Reader, graph: int, weights: Mapping[str, Weight]) -> Layout:
         if name and content.index(name + b"\0") == names_at
     }
 
-    ne = _agree("shape", (_find_shape(content, weight.shape) for content, weight in carriers.values()))
-    mapped = [(c, w) for c, w in carriers.values() if w.address is not None]
+    ne = _agree("shape", (_first(_find_shape(content, w.shape) for w in same) for content, same in carriers.values()))
+    mapped = [(c, on) for c, same in carriers.values() if (on := [w for w in same if w.address is not None])]
     candidates = mapped or list(carriers.values())[:_HEADS]
-    data_at = _agree("data", (_find_data(read, content, weight, names_at) for content, weight in candidates))
+    data_at = _agree("data", (_find_data(read, content, same, names_at) for content, same in candidates))
     nb = ne + 32
     op = nb + 32
     layout = Layout(4, 16, op, ne, nb, src, data_at, names_at, 0, 0)
@@ -236,7 +260,11 @@ def _try(read: Reader, address: int) -> bytes:
         return b""
 
 
-def _name_in(content: bytes, known: Mapping[bytes, Weight]) -> bytes:
+def _first(values: Iterable[int | None]) -> int | None:
+    return next((value for value in values if value is not None), None)
+
+
+def _name_in(content: bytes, known: Container[bytes]) -> bytes:
     """Return the first known tensor name that stands in ``content`` as a whole string at a multiple of 8 bytes."""
     for at in range(64, len(content) - 8, 8):
         end = content.find(b"\0", at)
@@ -251,17 +279,25 @@ def _find_shape(content: bytes, shape: tuple[int, ...]) -> int | None:
     return at if at >= 0 and at % 8 == 0 else None
 
 
-def _find_data(read: Reader, content: bytes, weight: Weight, end: int) -> int | None:
-    """Return where the pointer to the tensor's bytes stands: it equals its address, or they begin as in the file."""
-    head = weight.head() if weight.address is None else b""
+def _find_data(read: Reader, content: bytes, same: Sequence[Weight], end: int) -> int | None:
+    """Return where the pointer to the tensor's bytes stands: it equals its address, or they begin as in the file.
+
+    Args:
+        read: the process's memory.
+        content: of the ``ggml_tensor``.
+        same: the weights with its name. Where some are mapped, those decide.
+        end: where to stop looking.
+    """
+    places = {weight.address for weight in same if weight.address is not None}
+    heads = [] if places else [head for weight in same if any(head := weight.head())]
     for at in range(end - 8, 64, -8):
         (pointer,) = struct.unpack_from("<Q", content, at)
-        if weight.address is not None:
-            if pointer == weight.address:
+        if places:
+            if pointer in places:
                 return at
-        elif _plausible(pointer) and any(head):
+        elif _plausible(pointer) and heads:
             try:
-                if read(pointer, len(head)) == head:
+                if any(read(pointer, len(head)) == head for head in heads):
                     return at
             except OSError:
                 continue
@@ -278,7 +314,7 @@ def _agree(what: str, values: object) -> int:
     return int(best)
 
 
-def _with_ops(graph: Graph, layout: Layout, weights: Mapping[str, Weight]) -> Layout:
+def _with_ops(graph: Graph, layout: Layout, weights: Weights) -> Layout:
     """Complete ``layout`` with the operators' numbers, told by what they multiply."""
     if any(not 0 < node.op < 256 for node in graph.nodes):
         raise _unsupported("its nodes have no operator where one should be")
@@ -290,7 +326,7 @@ def _with_ops(graph: Graph, layout: Layout, weights: Mapping[str, Weight]) -> La
             continue
         if "_exps." in first[0]:
             experts[node.op] += 1
-        elif ".weight" in first[0] and first[0].startswith("blk.") and len(weights[first[0]].shape) == 2:
+        elif ".weight" in first[0] and first[0].startswith("blk.") and len(weights[first[0]][0].shape) == 2:
             dense[node.op] += 1
     if not dense:
         raise _unsupported("no matrix multiplication with a weight is in it")
@@ -301,7 +337,7 @@ def _with_ops(graph: Graph, layout: Layout, weights: Mapping[str, Weight]) -> La
     )
 
 
-def read_graph(read: Reader, graph: int, layout: Layout, weights: Mapping[str, Weight]) -> Graph:
+def read_graph(read: Reader, graph: int, layout: Layout, weights: Weights) -> Graph:
     """Read a whole graph: a few milliseconds, once for each graph that is new.
 
     Raises:
@@ -315,24 +351,70 @@ def read_graph(read: Reader, graph: int, layout: Layout, weights: Mapping[str, W
     length = layout.tensor_name + 64
     nodes: list[Node] = []
     found: dict[int, tuple[str, int]] = {}
-    seen: set[int] = set()
-    for address in _pointers(read(nodes_at, n_nodes * 8)):
+    fitting: dict[int, list[Weight]] = {}
+    strangers: set[str] = set()
+    addresses = _pointers(read(nodes_at, n_nodes * 8))
+    seen = set(addresses)
+    for address in addresses:
         data = read(address, length)
         (op,) = struct.unpack_from("<I", data, layout.tensor_op)
         (rows,) = struct.unpack_from("<q", data, layout.tensor_ne + 8)
         sources = struct.unpack_from(f"<{_SOURCES}Q", data, layout.tensor_src)
         sources = sources[: next((i for i in range(_SOURCES - 1, -1, -1) if sources[i]), -1) + 1]
         nodes.append(Node(op, _c_string(data[layout.tensor_name :]), rows, sources))
-        seen.add(address)
         for source in sources:
             if source in seen or not _plausible(source):
                 continue
             seen.add(source)
             content = read(source, length)
             name = _c_string(content[layout.tensor_name :])
-            if name in weights and _find_shape(content, weights[name].shape) == layout.tensor_ne:
+            same = [w for w in weights.get(name, ()) if _find_shape(content, w.shape) == layout.tensor_ne]
+            if same:
                 found[source] = (name, struct.unpack_from("<Q", content, layout.tensor_data)[0])
-    return Graph(tuple(nodes), found)
+                fitting[source] = same
+            elif _WEIGHT.search(name):
+                strangers.add(name)
+    return Graph(tuple(nodes), found, _models_of(read, found, fitting), frozenset(strangers))
+
+
+def _models_of(
+    read: Reader, found: Mapping[int, tuple[str, int]], fitting: Mapping[int, Sequence[Weight]]
+) -> dict[int, str]:
+    """Return the model of each weight: the only one that has such a weight, or has it mapped where its data are.
+
+    What is left (two models with the same names and shapes, whose weights are copies) is of the model that has others
+    in this graph, since a graph evaluates one model; or of the one whose file has the same first bytes.
+    """
+    models: dict[int, str] = {}
+    for source, same in fitting.items():
+        there = [w for w in same if w.address == found[source][1]] or same
+        if len(there) == 1:
+            models[source] = there[0].model
+    left = fitting.keys() - models.keys()
+    if not left:
+        return models
+    counted = Counter(label for s, label in models.items() if not _ADAPTER.search(found[s][0]))
+    label = counted.most_common(1)[0][0] if counted else _by_bytes(read, found, {s: fitting[s] for s in left})
+    if label is None:
+        return models
+    return models | {s: label for s in left if any(w.model == label for w in fitting[s])}
+
+
+def _by_bytes(
+    read: Reader, found: Mapping[int, tuple[str, int]], fitting: Mapping[int, Sequence[Weight]]
+) -> str | None:
+    """Return the one model whose file has the bytes that some weight has; norms may be the same in all of them."""
+    matrices = [source for source, same in fitting.items() if len(same[0].shape) > 1]
+    for source in matrices[:_HEADS]:
+        heads = {weight.model: weight.head() for weight in fitting[source]}
+        try:
+            data = read(found[source][1], max(map(len, heads.values())))
+        except OSError:
+            continue
+        alike = [label for label, head in heads.items() if data.startswith(head)]
+        if len(alike) == 1:
+            return alike[0]
+    return None
 
 
 def _c_string(data: bytes) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -10,9 +11,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from llmtraced.resolve import Resolver
-from llmtraced.schema import CAUSES, EVENT, PAGE, PHASES, TABLES, Kind, Outcome
+from llmtraced.schema import CAUSES, EVENT, PAGE, PHASES, TABLES, Kind, Outcome, Phase
 
-__all__ = ["RowMaker", "TokenBook", "join", "pick"]
+__all__ = ["RowMaker", "TokenBook", "as_prompts", "join", "pick"]
 
 _FILE_SHIFT: Final = np.uint64(48)
 _INDEX: Final = np.uint64((1 << 48) - 1)
@@ -50,6 +51,29 @@ def _dictionary(codes: NDArray[Any], values: list[str] | tuple[str, ...], *, wid
 
 def _int(values: NDArray[Any], kind: Any = np.int64, mask: NDArray[np.bool_] | None = None) -> pa.Array:
     return pa.array(values.astype(kind, copy=False), mask=mask)
+
+
+def as_prompts(events: Events, graphs: Collection[int], before: int) -> tuple[Events, int]:
+    """Return the records with those of some graphs marked as prompts without tokens: what a projector evaluates.
+
+    Args:
+        events: records of any kinds.
+        graphs: addresses of such graphs.
+        before: the token of the last such graph in earlier records, 0: none.
+
+    Returns:
+        The records, copied where they are changed, and what is ``before`` for the next ones.
+    """
+    begins = events["kind"] == Kind.TOKEN
+    theirs = begins & np.isin(events["a"], np.array(list(graphs), np.uint64))
+    tokens = np.append(events["token"][theirs], np.uint32(before))
+    chosen = np.isin(events["token"], tokens[tokens > 0]) & (events["mark"] & 15 != Phase.LOAD)
+    if chosen.any():
+        events = events.copy()
+        events["mark"][chosen] = events["mark"][chosen] & 0xF0 | Phase.PROMPT
+        events["b"][theirs] = 0
+    newest = events["token"][begins].max(initial=before)
+    return events, int(newest) if int(newest) in tokens else 0
 
 
 class RowMaker:
@@ -258,6 +282,7 @@ _TOKEN_ROW: Final = np.dtype(
         ("minor_faults", "<i8"),
         ("bytes_read", "<i8"),
         ("graph_nodes", "<i8"),
+        ("model", "<i8"),
     ]
 )
 _SUMMED: Final = ("fault_ns", "major_faults", "minor_faults", "bytes_read")
@@ -280,14 +305,24 @@ class TokenBook:
         for name in _TOKEN_ROW.names or ():
             self._open[name] = 0 if name in _SUMMED else _UNSET
         self._open["token"], self._open["start_ns"], self._open["phase"] = 0, start_ns, phase
+        self._labels: list[str] = []
 
-    def add(self, events: Events, batch_sizes: dict[int, tuple[int, int, int]]) -> pa.Table:
+    def add(
+        self,
+        events: Events,
+        batch_sizes: Mapping[int, tuple[int, int, int]],
+        models: Mapping[int, int] = MappingProxyType({}),
+        labels: Sequence[str] = (),
+    ) -> pa.Table:
         """Take records of any kinds and return the rows that they finish.
 
         Args:
             events: records.
             batch_sizes: token → (n_tokens, n_outputs, n_nodes) where the kernel could not read them yet.
+            models: address of a graph → number of the model that it evaluates.
+            labels: of the models.
         """
+        self._labels = list(labels)
         tokens = np.unique(np.concatenate([self._open["token"], events["token"].astype(np.int64)]))
         rows = np.zeros(len(tokens), _TOKEN_ROW)
         for name in _TOKEN_ROW.names or ():
@@ -319,6 +354,8 @@ class TokenBook:
         rows["graph_nodes"][row] = events["c"][begins]
         rows["phase"][row] = events["mark"][begins] & 15
         rows["stall_begin"][row] = events["d"][begins]
+        known, which = np.unique(events["a"][begins], return_inverse=True)
+        rows["model"][row] = np.array([models.get(int(graph), _UNSET) for graph in known], np.int64)[which]
         rows["end_ns"][at[ends]] = events["ts"][ends]
         rows["stall_end"][at[ends]] = events["d"][ends]
         for token, (n_tokens, n_outputs, n_nodes) in batch_sizes.items():
@@ -358,5 +395,6 @@ class TokenBook:
             "stall_ns": _int(rows["stall_end"] - rows["stall_begin"], mask=~stalled),
             **{name: _int(rows[name]) for name in _SUMMED},
             "graph_nodes": _int(rows["graph_nodes"], np.int32, unread),
+            "model": _dictionary(rows["model"], self._labels),
         }
         return _table("tokens", columns)

@@ -169,6 +169,9 @@ _enum = pa.dictionary(pa.int8(), pa.string())
 _when = [("timestamp", pa.int64()), ("token", pa.int32()), ("phase", _enum)]
 _where = [("model", _enum), ("shard", pa.int16())]
 
+LATER: Final[Mapping[str, frozenset[str]]] = {"tokens": frozenset({"model"})}
+"""Columns that traces of the same schema version may lack, because they were added later: they are null there."""
+
 TABLES: Final[Mapping[str, pa.Schema]] = {
     "tensors": pa.schema(
         [
@@ -199,6 +202,7 @@ TABLES: Final[Mapping[str, pa.Schema]] = {
             ("minor_faults", pa.int64()),
             ("bytes_read", pa.int64()),
             ("graph_nodes", pa.int32()),
+            ("model", _enum),
         ]
     ),
     "ops": pa.schema(

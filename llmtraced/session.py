@@ -19,10 +19,11 @@ from llmtraced.errors import LlmtracedError, printable
 from llmtraced.ggml_layout import Graph, Layout, derive, known_weights, memory_reader, read_graph
 from llmtraced.gguf_map import Model
 from llmtraced.ledger import Account, Ledger
+from llmtraced.loading import why_unmapped
 from llmtraced.operator_names import operator_names
 from llmtraced.probes.tracer import Tracer
 from llmtraced.resolve import Resolver
-from llmtraced.rows import RowMaker, TokenBook, join, pick
+from llmtraced.rows import RowMaker, TokenBook, as_prompts, join, pick
 from llmtraced.schema import TABLES, Detail, Kind, Phase, Probe
 from llmtraced.store import TraceWriter
 from llmtraced.target import Target, maps_text, scan
@@ -32,6 +33,8 @@ __all__ = ["Account", "Session", "session_metadata", "session_name"]
 log = logging.getLogger(__name__)
 
 _GRAPH_TRIES: Final = 8
+_GRAPHS_AT_ONCE: Final = 4  # that are read for one batch of records
+_GRAPHS: Final = 64  # that are read: a context has a few
 _PROBE_OF: Final = {
     Probe.FAULTS: (Kind.FAULT,),
     Probe.PAGECACHE: (Kind.ADD, Kind.EVICT),
@@ -89,7 +92,9 @@ class Session:
         self._epochs: dict[int, _Epoch] = {}
         self._refused: set[str] = set()
         self._weights: dict[int, tuple[int, int]] = {}
-        self._graphs_read: set[int] = set()
+        self._graphs_read: set[tuple[int, int]] = set()
+        self._graph_models: dict[int, int] = {}
+        self._projected = 0
         self._tries = 0
         self._records = self._dropped = 0
         self._maps = b""
@@ -151,6 +156,8 @@ class Session:
         if ranges != self._ranges:
             self.tracer.set_ranges(self.slot, ranges)
             self._ranges = ranges
+            self._graphs_read.clear()  # it has loaded something, or let go of it: its graphs may be others by now
+            self._graph_models.clear()
         if failure:
             raise failure
 
@@ -216,40 +223,80 @@ class Session:
         self._warned |= set(lost)
 
     def _look_at_graphs(self, marks: NDArray[Any]) -> None:
-        """Learn from the graphs being evaluated: the layout, once; which weights are where, for each kind of graph."""
+        """Learn from the graphs being evaluated: the layout, once; which weights are where, for each kind of graph.
+
+        A graph is told by its address, which is its context's own (so of a model and its draft each has another), and
+        its number of nodes.
+        """
         if self.layout is None and self._tries >= _GRAPH_TRIES:
             return
-        mark = marks[-1]
-        nodes = int(mark["c"])
-        if self.layout is not None and (nodes in self._graphs_read or len(self._graphs_read) > 64):
-            return
+        newest = {(int(mark["a"]), int(mark["c"])): mark for mark in marks}
+        for key, mark in list(newest.items())[-_GRAPHS_AT_ONCE:]:
+            if self.layout is None or (key not in self._graphs_read and len(self._graphs_read) <= _GRAPHS):
+                self._look_at_graph(mark)
+
+    def _look_at_graph(self, mark: NDArray[Any]) -> None:
+        address = int(mark["a"])
         self.refresh()  # the model may have been mapped since the last look, and a graph is judged only once
         weights = known_weights(self.models, self._address)
         try:
             read = memory_reader(self.target.pid)
             if self.layout is None:
                 self._tries += 1
-                self.layout = derive(read, int(mark["a"]), weights)
+                self.layout = derive(read, address, weights)
                 self._apply_layout(self.layout)
-            graph = read_graph(read, int(mark["a"]), self.layout, weights)
+            graph = read_graph(read, address, self.layout, weights)
             if not self._graphs_read:
                 names = operator_names(self.target, read)
                 if self.op_names.items() <= names.items():  # what was derived stands there, too
                     self.op_names = names
         except (LlmtracedError, OSError) as error:
-            log.debug("process %d: graph %#x: %s", self.target.pid, int(mark["a"]), error)
+            log.debug("process %d: graph %#x: %s", self.target.pid, address, error)
             if self.layout is None and self._tries == _GRAPH_TRIES:
-                self.problems.append(f"{error}; tokens have no batch size, operators and experts are not recorded")
-                log.warning("process %d: %s", self.target.pid, self.problems[-1])
+                self._problem(f"{error}; tokens have no batch size, operators and experts are not recorded")
             return
         self.graph = graph
-        self._graphs_read.add(len(graph.nodes))
-        self._batch_sizes[int(mark["token"])] = (graph.nodes[0].rows, graph.nodes[-1].rows, len(graph.nodes))
-        for address, (name, data) in graph.weights.items():
-            number = self._tensor_at(name, data)
-            self._weights[address] = (number, data)
+        self._graphs_read.add((address, len(graph.nodes)))
+        if int(self.tracer.slots["token"][self.slot]) == int(mark["token"]):  # else it may be a later batch's by now
+            self._batch_sizes[int(mark["token"])] = (graph.nodes[0].rows, graph.nodes[-1].rows, len(graph.nodes))
+        if graph.model is not None:
+            number = self._graph_models[address] = self.resolver.labels.index(graph.model)
+            if self._is_projector(number):
+                self._batch_sizes.pop(int(mark["token"]), None)
+        for tensor, (name, data) in graph.weights.items():
+            if tensor not in graph.models:
+                self._problem(f"there are several models with a {printable(name)}, and which one is used is not clear")
+                continue
+            number = self._tensor_of(graph.models[tensor], name)
+            self._weights[tensor] = (number, data)
             mapped = any(start <= data < end for start, end, _, _ in self._ranges)
             (self.backed if mapped else self.unbacked).add(number)
+        self._tell_what_is_not_seen(graph)
+
+    def _is_projector(self, number: int) -> bool:
+        """Tell whether a model makes embeddings of images or sound: its graphs have no tokens."""
+        return self.models[self.resolver.labels[number]].architecture == "clip"
+
+    def _tell_what_is_not_seen(self, graph: Graph) -> None:
+        used = {*graph.models.values()}
+        for label in self.target.unmapped:
+            if label in used:
+                self._problem(why_unmapped(label, self.target.command))
+        if graph.strangers:
+            example = printable(min(graph.strangers))
+            files = "that is neither mapped nor named on the command line"
+            self._problem(f"it uses weights of a file {files}, such as {example}: operators with them have no name")
+
+    def tell_what_was_not_seen(self) -> None:
+        """Say of which models nothing was mapped until the end, for whatever reason."""
+        for label in self.target.unmapped:
+            if not any(sentence.startswith(printable(label)) for sentence in self.problems):
+                self._problem(why_unmapped(label, self.target.command))
+
+    def _problem(self, sentence: str) -> None:
+        if sentence not in self.problems:
+            self.problems.append(sentence)
+            log.warning("process %d: %s", self.target.pid, sentence)
 
     def _apply_layout(self, layout: Layout) -> None:
         slot = self.tracer.slots[self.slot : self.slot + 1]
@@ -267,14 +314,10 @@ class Session:
                 return start + offset - file_offset
         return None
 
-    def _tensor_at(self, name: str, data: int) -> int:
-        numbers = self._by_name[name]
-        for number in numbers[1:]:  # a draft model's tensors have the same names: the address tells
-            tensor = self.resolver.tensors[number]
-            label = self.resolver.labels[self.resolver.model_of[number]]
-            if self._address(label, tensor.shard, tensor.offset) == data:
-                return number
-        return numbers[0]
+    def _tensor_of(self, label: str, name: str) -> int:
+        """Return the number of a model's tensor: a draft model's have the same names as the other's."""
+        of = self.resolver.model_of
+        return next(n for n in self._by_name[name] if self.resolver.labels[of[n]] == label)
 
     # --- events ----------------------------------------------------------------------------------------------------
 
@@ -350,6 +393,9 @@ class Session:
 
     def _tables(self, events: NDArray[Any], account: Account, *, last: bool) -> list[tuple[str, pa.Table]]:
         """Return the tables that have rows or something to account for."""
+        projectors = [graph for graph, number in dict(self._graph_models).items() if self._is_projector(number)]
+        if projectors:
+            events, self._projected = as_prompts(events, projectors, self._projected)
         kinds = events["kind"]
 
         def of(*wanted: Kind) -> NDArray[Any]:
@@ -366,7 +412,7 @@ class Session:
         # Each table costs some milliseconds even when it is empty: only those with something to say are made.
         speak = account.keys() | self.ledger.owed()
         tables = [(name, make(of(*_PROBE_OF[p]))) for p, make in makers.items() if (name := p.name.lower()) in speak]
-        tokens = self._book.add(events, dict(self._batch_sizes))
+        tokens = self._book.add(events, dict(self._batch_sizes), dict(self._graph_models), self.resolver.labels)
         if last:
             tokens = pa.concat_tables([tokens, self._book.close(clock.monotonic_ns())])
         name = Probe.TOKENS.name.lower()
@@ -423,6 +469,7 @@ def session_metadata(target: Target, detail: Detail) -> dict[str, Any]:
                 "path": printable(str(model.shards[0].path), 4096),
                 "fingerprint": model.fingerprint,
                 "size_bytes": sum(s.size for s in model.shards),
+                "mapped_bytes": sum(m.end - m.start for f in target.files if f.label == label for m in f.mappings),
             }
             for label, model in target.models.items()
         ],

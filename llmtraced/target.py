@@ -33,6 +33,7 @@ __all__ = [
     "maps",
     "maps_text",
     "parse_maps",
+    "prepare",
     "scan",
     "start_ticks",
 ]
@@ -143,15 +144,37 @@ def kernel_device(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def gguf_arguments(arguments: Iterable[str], root: str = "", cwd: str = "/") -> list[str]:
-    """Return those command-line arguments that name existing GGUF files, as paths below ``root``."""
+    """Return the existing GGUF files that command-line arguments name, as paths below ``root``.
+
+    An argument is a file, ``--option=FILE``, or a list with scales: ``FILE:SCALE,FILE:SCALE`` (llama.cpp's
+    ``--lora-scaled``). What exists as it stands is not taken apart: a path may have any of these characters.
+    """
     found = []
     for argument in arguments:
-        for value in (argument, argument.partition("=")[2]):  # --model=FILE; but a path may have a "=" of its own
-            path = root + os.path.join(cwd, value)
-            if ".gguf" in value and path not in found and is_gguf(path):
-                found.append(path)
+        for value in (argument, argument.partition("=")[2]):
+            pieces = [piece.rpartition(":") for piece in value.split(",")]
+            pairs = [[head or tail, head and f"{head}:{tail}"] for head, _, tail in pieces]
+            some = False
+            for names in ([value], *pairs):
+                paths = (root + os.path.join(cwd, name) for name in names if ".gguf" in name)
+                path = next((path for path in paths if is_gguf(path)), None)
+                if path and path not in found:
+                    found.append(path)
+                some |= path is not None
+                if path and names == [value]:
+                    break
+            if some:
                 break
     return found
+
+
+def _settings(pid: int) -> list[str]:
+    """Return the values of llama.cpp's options that come from the environment (``LLAMA_ARG_MODEL``, …)."""
+    try:
+        found = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+    return [os.fsdecode(one.partition(b"=")[2]) for one in found if one.startswith(b"LLAMA_ARG_")]
 
 
 @dataclass
@@ -184,6 +207,22 @@ class Target:
     def mapped_bytes(self) -> int:
         """Bytes of model files in the address space."""
         return sum(m.end - m.start for f in self.files for m in f.mappings)
+
+    @property
+    def unmapped(self) -> list[str]:
+        """Labels of the models of which nothing is mapped: not yet loaded, or read into the process's own memory."""
+        mapped = {f.label for f in self.files if f.mappings}
+        return [label for label in self.models if label not in mapped]
+
+    @property
+    def locked_bytes(self) -> int:
+        """Bytes that the process has locked in memory (mlock)."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except OSError:
+            return 0
+        found = re.search(r"^VmLck:\s*(\d+) kB", status, re.MULTILINE)
+        return int(found[1]) * 1024 if found else 0
 
     @cached_property
     def symbols(self) -> dict[str, Symbol]:
@@ -293,7 +332,7 @@ def _look(pid: int) -> Target | None:
     paths: list[str] = list(dict.fromkeys(reachable(pid, m) for m in mapped))
     if any("ggml" in os.path.basename(m.path) or "llama" in os.path.basename(m.path) for m in found):
         cwd = os.readlink(f"/proc/{pid}/cwd")
-        paths += [p for p in gguf_arguments(command, root, cwd) if p not in paths]
+        paths += [p for p in gguf_arguments([*command, *_settings(pid)], root, cwd) if p not in paths]
     if not paths:
         return None
     comm = Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
@@ -337,6 +376,33 @@ def _same_file(pid: int, mapping: Mapping, path: Path) -> bool:
         return False
 
 
+_FUNCTIONS: dict[tuple[int, int, int, int], dict[str, int]] = {}
+
+
+def _functions(path: str) -> dict[str, int]:
+    """Return ggml's functions in a file; read once for as long as it stays what it was: it takes 0.1 s."""
+    status = os.stat(path)
+    key = status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+    if key not in _FUNCTIONS:
+        if len(_FUNCTIONS) > 256:
+            _FUNCTIONS.clear()
+        _FUNCTIONS[key] = elf.functions(path, b"ggml_", b"_ZN4ggml3cpu")
+    return _FUNCTIONS[key]
+
+
+def prepare(program: str) -> None:
+    """Read the symbols of a program that is about to be started, and of the ggml libraries beside it.
+
+    A small model is loaded, and warmed up, in the time that this takes.
+    """
+    real = Path(os.path.realpath(program))
+    for path in (real, *real.parent.glob("*ggml*.so*")):
+        try:
+            _functions(str(path))
+        except (ELFError, OSError, ValueError) as error:
+            log.debug("%s: no symbols: %s", path, error)
+
+
 def _ggml_symbols(pid: int) -> Iterator[tuple[str, Symbol]]:
     seen: set[tuple[int, int]] = set()
     done: set[str] = set()
@@ -347,7 +413,7 @@ def _ggml_symbols(pid: int) -> Iterator[tuple[str, Symbol]]:
         seen.add(key)
         path = reachable(pid, mapping)
         try:
-            symbols = elf.functions(path, b"ggml_", b"_ZN4ggml3cpu")
+            symbols = _functions(path)
         except (ELFError, OSError, ValueError) as error:
             log.debug("%s: no symbols: %s", mapping.path, error)
             continue

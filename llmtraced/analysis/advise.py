@@ -23,7 +23,8 @@ from llmtraced.analysis.finding import (
     size,
     speed,
 )
-from llmtraced.analysis.trace import Trace, verdict
+from llmtraced.analysis.trace import Trace, unmapped, verdict
+from llmtraced.loading import why_unmapped
 
 __all__ = ["FINDINGS", "advise"]
 
@@ -268,6 +269,17 @@ def _repacked(it: Facts) -> Finding:
         "pages of the file are read once, for the copy. With --no-repack they stay in the file: evictable, shared "
         "between servers, and slower to compute."
     )
+    if read := unmapped(it.trace):
+        command = it.trace.meta.get("command") or ""
+        words = command.split() if isinstance(command, str) else [str(word) for word in command]
+        title = "; ".join(why_unmapped(model, words) for model in read)
+        why = (
+            "What was read into the server's own memory cannot be evicted without swap, and is not shared between "
+            "servers: it fits, or the server is killed. With --load-mode mmap the weights stay in the page cache. "
+            "Adapters and projectors are always read."
+        )
+        act = "llama-server --load-mode mmap …   # then record again and compare tokens/s and bytes read"
+        return finding("repacked", "note", title, why, act, evidence=evidence)
     if not away and not here:
         lack = "no graph was understood, so where the weights are is not known"
         title = "Whether weights are kept outside the file is not known"

@@ -90,6 +90,16 @@ class Facts:
         return self.size(True) + self.size(None)
 
 
+def _of_the_largest(trace: Trace) -> pl.Expr:
+    """Return what selects the graphs of the largest model: a draft model's are not what anybody waits for."""
+    sizes = trace.tensors.group_by("model").agg(pl.col("size_bytes").sum()).sort("size_bytes", "model")
+    if sizes.height < 2:
+        return pl.lit(True)
+    model = pl.col("model").cast(pl.String)
+    chosen: pl.Expr = model.is_null() | (model == sizes["model"][-1])
+    return chosen
+
+
 def facts(trace: Trace, phase: str | None = None) -> Facts:
     """Read the trace; ``phase`` is judged, the page cache is looked at as a whole."""
     marks = collect(trace.table("tokens").filter(pl.col("token") > 0).with_columns(pl.col("phase").cast(pl.String)))
@@ -103,7 +113,7 @@ def facts(trace: Trace, phase: str | None = None) -> Facts:
         duration_ns=pl.col("end_ns") - pl.col("start_ns"),
         late=(pl.col("start_ns") - pl.col("end_ns").shift(1) >= GAP_NS).fill_null(False),
     )
-    tokens = marks.filter(pl.col("phase").is_in([judged] if judged else []))
+    tokens = marks.filter(pl.col("phase").is_in([judged] if judged else []), _of_the_largest(trace))
     ended = tokens.drop_nulls("duration_ns")
     used = uses(trace, tokens["token"].to_list())
     loaded = collect(

@@ -12,12 +12,15 @@ from llmtraced.analysis.layers import grouped
 from llmtraced.analysis.moved import Moved
 from llmtraced.analysis.pages import Pages
 from llmtraced.analysis.reread import TensorReads, reread
-from llmtraced.analysis.tokens import pace, per_token
-from llmtraced.analysis.trace import Trace, collect
-from llmtraced.schema import PHASES
+from llmtraced.analysis.tokens import paces, per_token
+from llmtraced.analysis.trace import Trace, collect, unmapped
 
 __all__ = ["summary"]
 
+_PACE: Final = (
+    *("phase", "model", "graphs", "n_tokens"),
+    *("tokens_per_second", "stall_share", "duration_ns", "bytes_read"),
+)
 _GROUPED: Final = ("size_bytes", "bytes_read", "reread_bytes", "major_faults", "minor_faults", "stall_ns")
 
 
@@ -45,7 +48,7 @@ def summary(trace: Trace, phase: str | None = None, top: int = 10) -> dict[str, 
         "started": _started(trace),
         "duration_ns": 0 if trace.first_ns is None or trace.last_ns is None else trace.last_ns - trace.first_ns,
         "phase": phase,
-        "phases": [_pace(name, graphs) for name in PHASES if name in graphs["phase"]],
+        "phases": [{key: one[key] for key in _PACE} for one in paces(graphs)],
         "faults": _faults(trace, phase),
         **_pagecache(moved.by_process()),
         "reread": {key: reads[key] for key in ("total_bytes_read", "unique_bytes", "reread_bytes", "amplification")},
@@ -54,6 +57,7 @@ def summary(trace: Trace, phase: str | None = None, top: int = 10) -> dict[str, 
         "layers": grouped(tensors, ("layer",), _GROUPED).drop("tensors").to_dicts(),
         "components": grouped(tensors, ("component",), _GROUPED).drop("tensors").to_dicts(),
         "unbacked": _unbacked(tensors),
+        "unmapped": unmapped(trace),
         "account": trace.account,
         "verdict": reads["verdict"],
         "notes": list(trace.notes),
@@ -66,12 +70,6 @@ def _started(trace: Trace) -> str | None:
     if trace.first_ns is None or offset is None:
         return None
     return datetime.fromtimestamp((trace.first_ns + int(offset)) / 1e9, tz=UTC).isoformat(timespec="seconds")
-
-
-def _pace(phase: str, graphs: pl.DataFrame) -> dict[str, Any]:
-    one = pace(phase, graphs.filter(pl.col("phase") == phase))
-    keys = ("phase", "graphs", "n_tokens", "tokens_per_second", "stall_share", "duration_ns", "bytes_read")
-    return {key: one[key] for key in keys}
 
 
 def _faults(trace: Trace, phase: str | None) -> dict[str, int]:

@@ -10,7 +10,7 @@ from llmtraced.analysis.stall import PARTS, WAIT_NS, stalls
 from llmtraced.analysis.trace import Trace, collect, verdict
 from llmtraced.schema import CAUSES, PHASES
 
-__all__ = ["CAUSE_BYTES", "SPREAD", "pace", "per_token", "tokens"]
+__all__ = ["CAUSE_BYTES", "SPREAD", "pace", "paces", "per_token", "tokens"]
 
 CAUSE_BYTES: Final = tuple(f"{cause}_bytes" for cause in CAUSES)
 """Columns with the bytes read by cause: ``fault_bytes``, ``readahead_bytes``, …"""
@@ -22,10 +22,11 @@ SPREAD: Final = ("duration_ns", "stall_ns", "bytes_read", "major_faults", "minor
 def per_token(trace: Trace, phase: str | None = None, added: pl.DataFrame | None = None) -> pl.DataFrame:
     """Return one row a token (a graph evaluation), in order; token 0, the time before the first graph, is left out.
 
-    Columns: ``token``, ``phase``, ``start_ns``, ``duration_ns`` (null: its end was not seen), ``n_tokens``,
-    ``n_outputs``, ``stall_ns``, ``stall_share`` (of the duration, 0 to 1), ``fault_ns``, ``bytes_read``, one of
-    :data:`CAUSE_BYTES` each, ``major_faults``, ``minor_faults``, ``graph_nodes``. ``bytes_read`` is the sum over the
-    causes; in a trace without page-cache rows it is what the recorder counted, and the causes are 0.
+    Columns: ``token``, ``model`` (that the graph evaluates; null: not known), ``phase``, ``start_ns``, ``duration_ns``
+    (null: its end was not seen), ``n_tokens``, ``n_outputs``, ``stall_ns``, ``stall_share`` (of the duration, 0 to 1),
+    ``fault_ns``, ``bytes_read``, one of :data:`CAUSE_BYTES` each, ``major_faults``, ``minor_faults``, ``graph_nodes``.
+    ``bytes_read`` is the sum over the causes; in a trace without page-cache rows it is what the recorder counted, and
+    the causes are 0.
 
     Args:
         trace: an open trace.
@@ -39,7 +40,7 @@ def per_token(trace: Trace, phase: str | None = None, added: pl.DataFrame | None
         collect(trace.table("tokens", phase).filter(pl.col("token") > 0))
         .join(by_cause, on="token", how="left")
         .with_columns(
-            pl.col("phase").cast(pl.String),
+            pl.col("phase", "model").cast(pl.String),
             pl.col(CAUSE_BYTES).fill_null(0),
             duration_ns=duration,
             stall_share=pl.when(duration > 0).then(pl.col("stall_ns") / duration),
@@ -47,7 +48,7 @@ def per_token(trace: Trace, phase: str | None = None, added: pl.DataFrame | None
         .with_columns(bytes_read=read)
         .sort("token")
         .select(
-            *("token", "phase", "start_ns", "duration_ns", "n_tokens", "n_outputs"),
+            *("token", "model", "phase", "start_ns", "duration_ns", "n_tokens", "n_outputs"),
             *("stall_ns", "stall_share", "fault_ns", "bytes_read", *CAUSE_BYTES),
             *("major_faults", "minor_faults", "graph_nodes"),
         )
@@ -73,13 +74,30 @@ def tokens(trace: Trace, phase: str | None = None, wait_ns: int = WAIT_NS) -> di
         "models": trace.models,
         "phase": phase,
         "wait_threshold_ns": wait_ns,
-        "phases": [pace(name, rows.filter(pl.col("phase") == name)) for name in PHASES if name in rows["phase"]],
+        "phases": paces(rows),
         "outside_bytes_read": read - int(in_tokens),
         "tokens": rows.to_dicts(),
         "account": trace.account,
         "verdict": verdict(trace.account),
         "notes": list(trace.notes),
     }
+
+
+def paces(rows: pl.DataFrame) -> list[dict[str, Any]]:
+    """Return :func:`pace` of each phase in the rows of :func:`per_token`, and of each model where there are several.
+
+    A draft model's graphs are as many as those of the model that it drafts for, and faster: together they mean nothing.
+    ``model`` is None where there is one model, and for graphs of which it is not known.
+    """
+    several = rows["model"].drop_nulls().n_unique() > 1
+    found = []
+    for phase in PHASES:
+        mine = rows.filter(pl.col("phase") == phase)
+        models = mine["model"].unique(maintain_order=True).to_list() if several else [None]
+        for model in models if mine.height else ():
+            of = mine.filter(pl.col("model").eq_missing(model)) if several else mine
+            found.append({**pace(phase, of), "model": model})
+    return found
 
 
 def pace(phase: str, rows: pl.DataFrame) -> dict[str, Any]:

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from llmtraced import __version__
 from llmtraced.errors import LlmtracedError, printable
-from llmtraced.schema import SCHEMA_VERSION, TABLES
+from llmtraced.schema import LATER, SCHEMA_VERSION, TABLES
 
-__all__ = ["ACCOUNT", "Stored", "Trace", "collect", "damaged", "open_trace", "verdict"]
+__all__ = ["ACCOUNT", "Stored", "Trace", "collect", "damaged", "open_trace", "unmapped", "verdict"]
 
 ACCOUNT: Final = ("counted", "delivered", "dropped", "missed")
 """The figures kept for each probe; the units are the probe's own (events, pages, records)."""
@@ -257,6 +257,8 @@ def _footer(table: str, path: Path) -> _File:
     if meta["schema_version"] <= SCHEMA_VERSION and not schema.equals(TABLES[table]):
         names = set(schema.names)
         for field in TABLES[table]:
+            if field.name in LATER.get(table, ()) and field.name not in names:
+                continue
             if field.name not in names or _kind(schema.field(field.name).type) != _kind(field.type):
                 raise ValueError(f"column {field.name} of the table {table} is missing or of another type")
     clocks = [at for at, name in enumerate(footer.schema.names) if name in _CLOCKS]
@@ -274,6 +276,14 @@ def _footer(table: str, path: Path) -> _File:
 def _kind(of: pa.DataType) -> tuple[bool, pa.DataType]:
     """Return what has to agree: the width of a dictionary's index does not matter."""
     return (True, of.value_type) if pa.types.is_dictionary(of) else (False, of)
+
+
+def unmapped(trace: Trace) -> list[str]:
+    """Return the models of which the process had nothing mapped when it was last looked at: it has read them.
+
+    Traces of earlier versions do not say.
+    """
+    return [str(model.get("model")) for model in trace.meta["models"] if model.get("mapped_bytes") == 0]
 
 
 def _choose(sessions: tuple[str, ...], wanted: str | None, folder: Path) -> str:
@@ -295,7 +305,13 @@ def _scan(table: str, paths: list[Path]) -> pl.LazyFrame:
     if not paths:
         return typed.lazy()
     return pl.scan_parquet(
-        paths, schema=typed.schema, hive_partitioning=False, extra_columns="ignore", glob=False, low_memory=True
+        paths,
+        schema=typed.schema,
+        hive_partitioning=False,
+        extra_columns="ignore",
+        missing_columns="insert",
+        glob=False,
+        low_memory=True,
     )
 
 

@@ -152,6 +152,7 @@ class _Writer:
             "minor_faults": outcome[1],
             "bytes_read": bytes_read,
             "graph_nodes": None if load else np.full(count, 31 * layout.layers),
+            "model": None if load else _coded(np.zeros(count), (_MODEL_NAME,)),
         }
         self._write("tokens", tokens, count, 2 * count)
         self.position, self.now, self.token = end, int(starts[-1] + duration[-1]) + _GAP_NS, self.token + count

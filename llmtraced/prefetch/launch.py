@@ -252,7 +252,7 @@ def _learn(target: Target, label: str, model: Model, ticks: Ticks) -> tuple[Layo
             log.info("still waiting: send it a request")
 
 
-def known_weights(target: Target, label: str, model: Model) -> dict[str, ggml_layout.Weight]:
+def known_weights(target: Target, label: str, model: Model) -> dict[str, list[ggml_layout.Weight]]:
     """Return what the file and the target's mappings tell of a model's weights, by name."""
     maps = {f.shard: f.mappings for f in target.files if f.label == label}
 

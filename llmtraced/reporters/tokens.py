@@ -148,7 +148,10 @@ def _headline(report: Mapping[str, Any]) -> str:
     phases = report["phases"]
     if not phases:
         return "no token was seen"
-    phase = next((one for one in phases if one["phase"] == "decode"), max(phases, key=lambda one: one["graphs"]))
+    decoding = [one for one in phases if one["phase"] == "decode"]  # several models: the one that takes the time
+    phase = max(
+        decoding, key=lambda one: one["total"]["duration_ns"], default=max(phases, key=lambda one: one["graphs"])
+    )
     parts = _parts(phase)
     if not parts:
         return f"{phase['phase']}: where the time of a token went is not known"
@@ -178,9 +181,9 @@ def pace(phase: Mapping[str, Any]) -> str:
     """Return one line: how fast a phase was."""
     stall = "" if phase["stall_share"] is None else f", {phase['stall_share']:.0%} of the time stalled"
     rate = "" if phase["tokens_per_second"] is None else f", {three(phase['tokens_per_second'])} tokens/s"
-    return (
-        f"{phase['phase']}: {several(phase['n_tokens'], 'token')} in {several(phase['graphs'], 'graph')}{rate}{stall}"
-    )
+    of = f" of {printable(phase['model'])}" if phase["model"] else ""
+    counts = f"{several(phase['n_tokens'], 'token')} in {several(phase['graphs'], 'graph')}"
+    return f"{phase['phase']}{of}: {counts}{rate}{stall}"
 
 
 def _point(name: str) -> Column:

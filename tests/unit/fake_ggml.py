@@ -112,14 +112,14 @@ def head(name: str) -> bytes:
     return (name * 9).encode()[:64]
 
 
-def known(mapped: bool = True) -> dict[str, Weight]:
+def known(mapped: bool = True, model: str = "m.gguf") -> dict[str, list[Weight]]:
     """Return what the GGUF says of the weights."""
 
     def unasked() -> bytes:
         raise AssertionError("a mapped weight is not read from its file")
 
     return {
-        name: Weight(shape, PLACES[name] if mapped else None, unasked if mapped else lambda n=name: head(n))
+        name: [Weight(model, shape, PLACES[name] if mapped else None, unasked if mapped else lambda n=name: head(n))]
         for name, shape in SHAPES.items()
     }
 

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,28 @@ def token(number: int, ms: float | None, **more: Any) -> dict[str, Any]:
     return {"token": number, "start_ns": start, "end_ns": None if ms is None else start + int(ms * 1e6)} | more
 
 
+def test_several_models_are_not_thrown_together(trace: Builder) -> None:
+    """A draft's graphs are many and fast."""
+    of = [(1, "m.gguf", 200), (2, "draft.gguf", 10), (3, "draft.gguf", 10), (4, None, 50)]
+    trace.write("tokens", [token(n, ms, phase="decode", n_tokens=1, model=model) for n, model, ms in of])
+    phases = tokens(open_trace(trace.path))["phases"]
+    assert [(one["model"], one["graphs"], one["tokens_per_second"]) for one in phases] == [
+        ("m.gguf", 1, 5.0),
+        ("draft.gguf", 2, 100.0),
+        (None, 1, 20.0),
+    ]
+
+
+def test_a_trace_from_before_models_were_known_is_read(trace: Builder) -> None:
+    path = trace.write("tokens", [token(1, 100, phase="decode", n_tokens=1), token(2, 100, phase="decode", n_tokens=1)])
+    old = pq.read_table(path)
+    pq.write_table(old.drop_columns("model"), path)
+    opened = open_trace(trace.path)
+    assert not opened.notes
+    assert per_token(opened)["model"].to_list() == [None, None]
+    assert [(one["model"], one["graphs"]) for one in tokens(opened)["phases"]] == [(None, 2)]
+
+
 def test_one_row_a_token_with_bytes_by_cause(trace: Builder) -> None:
     trace.write("tokens", [token(2, 200, stall_ns=50_000_000, major_faults=3, minor_faults=9, bytes_read=999)])
     trace.write("tokens", [token(1, 100, phase="prompt", n_tokens=7)])
@@ -42,6 +65,7 @@ def test_one_row_a_token_with_bytes_by_cause(trace: Builder) -> None:
     assert (first["token"], first["phase"], first["n_tokens"], first["prefetcher_bytes"]) == (1, "prompt", 7, 4)
     assert second == {
         "token": 2,
+        "model": "m.gguf",
         "phase": "decode",
         "start_ns": 2 * 10**9,
         "duration_ns": 200_000_000,

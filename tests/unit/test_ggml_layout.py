@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+from dataclasses import replace
 
 import pytest
 from fake_ggml import (
@@ -26,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
-from llmtraced.ggml_layout import Layout, derive, memory_reader, read_graph
+from llmtraced.ggml_layout import Graph, Layout, Weight, derive, memory_reader, read_graph
 
 NOW = Offsets()
 VARIANTS = {
@@ -110,14 +111,66 @@ def test_the_graph_is_the_sequence() -> None:
 
 
 def test_weights_of_other_shapes_are_not_taken_for_ours() -> None:
-    """A draft model's tensors have the same names."""
+    """A draft model's tensors have the same names; one whose file is not known is told of."""
     memory = Memory()
     graph = moe(memory)
     weights = known()
-    shape = weights["output.weight"]
-    weights["output.weight"] = type(shape)((64, 97), shape.address, shape.head)
+    (ours,) = weights["output.weight"]
+    weights["output.weight"] = [replace(ours, shape=(64, 97))]
     found = read_graph(memory.read, graph, NOW.layout(), weights)
     assert sorted(n for n, _ in found.weights.values()) == sorted(set(SHAPES) - {"output.weight"})
+    assert found.strangers == {"output.weight"}
+
+
+def twins(*, mapped: bool) -> dict[str, list[Weight]]:
+    """Return the weights of two models with the same names and shapes, of which the second is in ``memory``."""
+    ours = known(mapped=mapped, model="ours")
+    away = 1 << 30
+    return {
+        name: [replace(one, model="other", address=away if mapped else None, head=lambda: b"other"), one]
+        for name, (one,) in ours.items()
+    }
+
+
+def test_of_two_models_with_the_same_names_and_shapes_the_data_tell() -> None:
+    memory = Memory()
+    graph = moe(memory)
+    assert derive(memory.read, graph, twins(mapped=True)) == NOW.layout()
+    found = read_graph(memory.read, graph, NOW.layout(), twins(mapped=True))
+    assert set(found.models.values()) == {"ours"}
+    assert found.models.keys() == found.weights.keys()
+    assert found.model == "ours"
+
+
+def test_copies_are_of_the_model_that_has_the_others() -> None:
+    """All matrices but the embedding were repacked: of it the address tells, of the others that it is there."""
+    memory = Memory()
+    elsewhere = {n: 0x7000_0000 + i * 4096 for i, n in enumerate(SHAPES) if n != "token_embd.weight"}
+    graph = moe(memory, data={**PLACES, **elsewhere})
+    found = read_graph(memory.read, graph, NOW.layout(), twins(mapped=True))
+    assert found.model == "ours"
+    assert found.models.keys() == found.weights.keys()
+
+
+def test_models_that_were_read_are_told_by_their_bytes_or_not_at_all() -> None:
+    memory = Memory()
+    graph = moe(memory)
+    for name in SHAPES:
+        memory.blocks[PLACES[name]] = bytearray(head(name))
+    found = read_graph(memory.read, graph, NOW.layout(), twins(mapped=False))
+    assert set(found.models.values()) == {"ours"}
+    same = {name: [replace(w, head=lambda n=name: head(n)) for w in ws] for name, ws in twins(mapped=False).items()}
+    unclear = read_graph(memory.read, graph, NOW.layout(), same)
+    assert unclear.weights == found.weights
+    assert unclear.models == {}
+    assert unclear.model is None
+
+
+def test_an_adapter_does_not_make_a_graph_its_own() -> None:
+    names = {1: "blk.0.attn_q.weight", 2: "blk.0.attn_q.weight.lora_a", 3: "blk.0.attn_q.weight.lora_b"}
+    models = {1: "m.gguf", 2: "lora.gguf", 3: "lora.gguf"}
+    graph = Graph((), {address: (name, 0) for address, name in names.items()}, models)
+    assert graph.model == "m.gguf"
 
 
 # --- refused ------------------------------------------------------------------------------------------------------
@@ -162,7 +215,7 @@ def test_names_of_another_model() -> None:
 def test_shapes_of_another_model() -> None:
     memory = Memory()
     graph = moe(memory)
-    weights = {n: type(w)((999, 7), w.address, w.head) for n, w in known().items()}
+    weights = {n: [replace(w, shape=(999, 7))] for n, (w,) in known().items()}
     assert refused(memory, graph, weights) == "no tensor's shape is where the model's file says"
 
 
@@ -178,7 +231,7 @@ def test_zeros_prove_nothing() -> None:
     memory = Memory()
     graph = moe(memory)
     memory.blocks = {MODEL: bytearray(1 << 20)}
-    weights = {n: type(w)(w.shape, None, lambda: bytes(64)) for n, w in known().items()}
+    weights = {n: [replace(w, address=None, head=lambda: bytes(64))] for n, (w,) in known().items()}
     assert "no tensor's data" in refused(memory, graph, weights)
 
 

@@ -517,6 +517,7 @@ def test_a_graph_gives_layout_weights_and_sizes(
 ) -> None:
     session = add(recorder, tmp_path, of=MOE)
     graph = moe(memory, rows=7)
+    tracer.slots["token"][session.slot] = 1
     q = memory.arena.index(b"blk.1.attn_q.weight\0") - memory.offsets.name + ARENA
     counted(recorder, 0, Probe.TOKENS, 1)
     counted(recorder, 0, Probe.OPS, 2)
@@ -533,6 +534,7 @@ def test_a_graph_gives_layout_weights_and_sizes(
     assert [o["op"] for o in ops] == ["mul_mat", "op_31"]
     tokens = pq.read_table(tmp_path / "tokens").to_pylist()
     assert (tokens[1]["n_tokens"], tokens[1]["n_outputs"], tokens[1]["graph_nodes"]) == (7, 1, 20)
+    assert tokens[1]["model"] == session.target.files[0].label
     tensors = pq.read_table(tmp_path / "tensors").to_pylist()
     assert {t["backed"] for t in tensors} == {True}
     assert [t["tensor_name"] for t in tensors] == list(SHAPES)
@@ -562,6 +564,43 @@ def test_a_graph_of_a_known_kind_is_not_read_again(recorder: Recorder, memory: M
     assert session.graph is first
     session.take(events(mark(graph, 3, nodes=21)))
     assert session.graph is not first
+
+
+def test_graphs_at_other_addresses_are_looked_at_for_themselves(
+    recorder: Recorder, memory: Memory, tmp_path: Path
+) -> None:
+    """A model and its draft may have as many nodes as each other, and come in one batch of records."""
+    session = add(recorder, tmp_path, of=MOE)
+    first, second = moe(memory), moe(memory, REPACKED)
+    session.take(events(mark(first, 1)))
+    assert not session.unbacked
+    session.take(events(mark(second, 2, nodes=20), mark(first, 3, nodes=20)))
+    assert {session.resolver.names[n] for n in session.unbacked} == set(REPACKED)
+
+
+def test_a_batch_size_is_not_taken_from_a_later_graph(
+    recorder: Recorder, tracer: FakeTracer, memory: Memory, tmp_path: Path
+) -> None:
+    session = add(recorder, tmp_path, of=MOE)
+    tracer.slots["token"][session.slot] = 2  # the server went on while the first graph was looked at
+    counted(recorder, 0, Probe.TOKENS, 1)
+    tracer.ring_batches.append(events(mark(moe(memory, rows=7), 1)))
+    removed(recorder, session)
+    first = pq.read_table(tmp_path / "tokens").to_pylist()[1]
+    assert (first["n_tokens"], first["n_outputs"], first["model"]) == (None, None, "m.gguf")
+
+
+def test_weights_of_a_file_that_is_not_known_are_told_of_once(
+    recorder: Recorder, memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = add(recorder, None, of=model([t for t in MOE.tensors if t.name != "output.weight"]))
+    for token, rows in ((1, 1), (2, 7)):
+        session.take(events(mark(moe(memory, rows=rows), token, nodes=rows)))
+    assert len(session.problems) == 1
+    assert (
+        "weights of a file that is neither mapped nor named on the command line, such as output.weight" in caplog.text
+    )
+    assert caplog.text.count("output.weight") == 1
 
 
 def test_what_is_no_graph_is_a_problem_after_some_tries(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from llmtraced.resolve import Resolver
-from llmtraced.rows import RowMaker, TokenBook, join, pick
+from llmtraced.rows import RowMaker, TokenBook, as_prompts, join, pick
 from llmtraced.schema import EVENT, PAGE, TABLES, Cause, Kind, Outcome, Phase
 
 # File 3: header, embd (64..5000), exps (8192..16384, 4 experts of half a page). File 9, a second model: embd alone.
@@ -334,6 +334,34 @@ def test_a_token_is_finished_when_the_next_begins() -> None:
         (1, 200, 300, 50, 80, 2, "decode")
     ]
     assert book.add(np.empty(0, EVENT), {}).num_rows == 0
+
+
+def test_a_graph_is_of_the_model_that_its_address_stands_for() -> None:
+    book = TokenBook(100, Phase.LOAD)
+    batch = events(*(mark(n, 100 * n + 100) | {"a": graph} for n, graph in enumerate((0x10, 0x20, 0x10, 0x30), 1)))
+    table = pa.concat_tables([book.add(batch, {}, {0x10: 1, 0x20: 0}, ["draft", "main"]), book.close(900)])
+    assert rows(table, "token", "model") == [(0, None), (1, "main"), (2, "draft"), (3, "main"), (4, None)]
+
+
+def test_a_projectors_graph_is_a_prompt_without_tokens() -> None:
+    """Its rows are patches; and it may go on in the next batch of records."""
+    decode, load = int(Phase.DECODE), int(Phase.LOAD)
+    first = events(
+        *(mark(n, n * 10, n=5) | {"a": graph, "mark": phase} for n, graph, phase in ((1, 7, load), (2, 8, decode))),
+        mark(3, 30, n=5) | {"a": 7, "mark": 3 << 4 | decode},
+        event(Kind.FAULT, 35, 3) | {"mark": 3 << 4 | decode},
+    )
+    untouched = first.copy()
+    done, last = as_prompts(first, [7], 0)
+    assert (first == untouched).all()
+    assert last == 3
+    assert (done["mark"] & 15).tolist() == [load, decode, Phase.PROMPT, Phase.PROMPT]
+    assert (done["mark"] >> 4).tolist() == [0, 0, 3, 3]
+    assert (done["b"][:3] & 0xFFFFFFFF).tolist() == [0, 5, 0]
+    later = events(event(Kind.FAULT, 38, 3) | {"mark": decode}, mark(4, 40) | {"a": 8, "mark": decode})
+    done, last = as_prompts(later, [7], last)
+    assert (done["mark"] & 15).tolist() == [Phase.PROMPT, decode]
+    assert last == 0
 
 
 def test_the_sizes_that_the_kernel_could_not_read() -> None:

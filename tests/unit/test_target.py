@@ -150,6 +150,15 @@ def test_arguments_that_name_models(tmp_path: Path) -> None:
     assert target.gguf_arguments(["-m", "plain.gguf"], cwd=str(tmp_path)) == [str(plain)]
     assert target.gguf_arguments(["-m", "/plain.gguf"], root=str(tmp_path)) == [str(plain)]
     assert target.gguf_arguments([]) == []
+    scaled = ["--lora-scaled", "plain.gguf:0.5,a=b/m.gguf:2,absent.gguf:1"]
+    assert target.gguf_arguments(scaled, cwd=str(tmp_path)) == [str(plain), str(inside)]
+    assert target.gguf_arguments(["--lora=plain.gguf,plain.gguf:2"], cwd=str(tmp_path)) == [str(plain)]
+
+
+def test_a_path_with_commas_and_colons_is_not_taken_apart(tmp_path: Path) -> None:
+    plain = models.write(tmp_path / "plain.gguf", models.TINY_DENSE)
+    odd = Path(shutil.copy(plain, tmp_path / "plain.gguf:1,b.gguf"))
+    assert target.gguf_arguments(["--lora", odd.name], cwd=str(tmp_path)) == [str(odd)]
 
 
 # --- memory cgroups
