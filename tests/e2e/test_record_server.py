@@ -270,11 +270,13 @@ def test_the_server_outlives_a_tracer_that_is_killed(gemma: Path, tmp_path: Path
         before = server.completion([10, 11, 12], 8)["content"]
         command = [sys.executable, "-m", "llmtraced", "record", "--pid", str(server.pid), "--detail", "full"]
         with subprocess.Popen([*command, "--flush", "500ms", "-o", str(tmp_path / "trace")]) as recorder:
-            deadline = time.monotonic() + 60
-            while not list((tmp_path / "trace" / "ops").glob("*.parquet")):
-                assert time.monotonic() < deadline
-                server.completion([10, 11, 12], 8)
-            recorder.send_signal(signal.SIGKILL)
+            try:
+                deadline = time.monotonic() + 60
+                while not list((tmp_path / "trace" / "ops").glob("*.parquet")):
+                    assert time.monotonic() < deadline, [*(tmp_path / "trace").glob("**/*.parquet")]
+                    server.completion([10, 11, 12], 8)
+            finally:
+                recorder.send_signal(signal.SIGKILL)
         assert server.completion([10, 11, 12], 8)["content"] == before
         report = reread(open_trace(tmp_path / "trace"))  # what was written is readable
         assert all(c["counted"] == c["delivered"] + c["dropped"] for c in report["account"].values())

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import wait_until
 
 from llmtraced.errors import LlmtracedError
 
@@ -73,9 +74,9 @@ def test_the_exit_code_is_the_commands_and_nothing_outlives_it(
     (tmp_path / "cache").mkdir()
     monkeypatch.setattr(boot.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(boot, "_output", lambda *command, cwd=None: "")
-    assert boot.run(boot.Kernel(tmp_path, "6.1"), ["true"], minutes=0.01) == code
+    assert boot.run(boot.Kernel(tmp_path, "6.1"), ["true"], minutes=0.05) == code
     group = int((tmp_path / "pid").read_text())
-    assert not [s for s in Path("/proc").glob("[0-9]*/stat") if in_group(s, group)]
+    wait_until(lambda: not [s for s in Path("/proc").glob("[0-9]*/stat") if in_group(s, group)], 10, "all are gone")
     assert list((tmp_path / "cache").iterdir()) == []
     said = capfd.readouterr()
     assert ("killed" in said.err, said.out) == ((True, "guest\n") if code == boot.TIMED_OUT else (False, ""))
