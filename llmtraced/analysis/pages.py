@@ -216,10 +216,11 @@ def _by_block(some: Bools, row: Ints, before: Ints, begin: Ints, end: Ints) -> t
 def _limit(trace: Trace) -> int:
     """Return the bytes of a file beyond which a row is damaged, for the memory to follow pages goes with the highest.
 
-    A file that was replaced may be longer than the footers say, but not a great many times.
+    A file that was replaced may be longer than map and footers say, but not a great many times.
     """
     sizes = [int(model.get("size_bytes") or 0) for model in trace.meta["models"]]
-    return min(_SPARE + 16 * max(sizes), 1 << FILE - 2) if all(sizes) and sizes else 1 << FILE - 2
+    sizes += (trace.tensors["offset_bytes"] + trace.tensors["size_bytes"]).drop_nulls().to_list()
+    return min(_SPARE + 16 * max(sizes, default=0), 1 << FILE - 2)
 
 
 class Pages:
