@@ -65,6 +65,8 @@ class Sidecar:
         self.marks: list[list[int]] = config["marks"]  # steps at which each mark's weight is used
         ticks = config["ticks"]
         self.ring = TickRing(*(ticks[n] for n in ("ring", "clocks", "wakes", "ring_bytes", "marks"))) if ticks else None
+        if self.ring is not None:
+            self.ring.wait(0)  # ticks of graphs that began before the clock knew its marks say nothing
         self._operators = bool(ticks and ticks["operators"])
         self.table = PageTable(self.pid)
         self.work: Work | None = None
