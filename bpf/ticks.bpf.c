@@ -12,7 +12,8 @@ struct tick {
     u64 ts;    // CLOCK_MONOTONIC, ns
     u32 token; // graphs so far, this one included
     u32 mark;  // number of the weight's address in marks, or TICK_BEGIN, TICK_END
-    u64 value; // TICK_BEGIN: address of the graph while the layout is not known, then tokens in the batch;
+    u64 value; // TICK_BEGIN: address of the graph while the layout is not known, then tokens in the batch, and << 32
+               // those with outputs; TICK_END: operators with weights in marks: 0 where the graph is another model's;
                // an input: its address, and from bit 48 on its rows; experts: how many a row, and << 32 rows
 };
 
@@ -34,7 +35,9 @@ struct clock {
     u64 token;
     u64 lost; // ticks for which the ring had no room
     u64 graph_nodes, tensor_ne, tensor_nb;
+    u64 graph_n_nodes;
     u64 nothing; // 0, which the verifier does not know: it would follow every single way through the search
+    u64 hits;    // operators of this graph with weights in marks
 };
 BPF_F_TABLE("array", u32, struct clock, clocks, 1, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, u64, marks, LT_MARKS, BPF_F_MMAPABLE); // addresses of weights' data, sorted
@@ -98,6 +101,15 @@ INLINE void tell_input(struct clock *clock, u32 mark, u64 where, u64 width, u64 
     ticks.ringbuf_submit(input, BPF_RB_FORCE_WAKEUP);
 }
 
+// Rows of the result of the node whose address is at `at`: of a graph's first one they are the tokens in the batch, of
+// its last one those with outputs.
+INLINE u64 rows_of(struct clock *clock, u64 at) {
+    u64 node = 0, rows = 0;
+    bpf_probe_read_user(&node, sizeof(node), (void *)at);
+    bpf_probe_read_user(&rows, sizeof(rows), (void *)(node + clock->tensor_ne + 8));
+    return rows & 0xFFFFFFFF;
+}
+
 // ggml_graph_compute(struct ggml_cgraph *, struct ggml_cplan *)
 int on_begin(struct pt_regs *ctx) {
     u32 zero = 0;
@@ -105,13 +117,14 @@ int on_begin(struct pt_regs *ctx) {
     if (!clock)
         return 0;
     u64 graph = PT_REGS_PARM1(ctx), value = graph;
-    if (clock->tensor_src) { // the rows of the first node's result are the tokens in the batch
-        u64 nodes = 0, node = 0;
-        value = 0;
+    if (clock->tensor_src) {
+        u64 nodes = 0;
+        u32 n_nodes = 0;
         bpf_probe_read_user(&nodes, sizeof(nodes), (void *)(graph + clock->graph_nodes));
-        bpf_probe_read_user(&node, sizeof(node), (void *)nodes);
-        bpf_probe_read_user(&value, sizeof(value), (void *)(node + clock->tensor_ne + 8));
+        bpf_probe_read_user(&n_nodes, sizeof(n_nodes), (void *)(graph + clock->graph_n_nodes));
+        value = n_nodes ? rows_of(clock, nodes) | rows_of(clock, nodes + (n_nodes - 1) * 8ULL) << 32 : 0;
     }
+    clock->hits = 0;
     clock->token++;
     tell(clock, TICK_BEGIN, value);
     return 0;
@@ -121,7 +134,7 @@ int on_end(struct pt_regs *ctx) {
     u32 zero = 0;
     struct clock *clock = clocks.lookup(&zero);
     if (clock)
-        tell(clock, TICK_END, 0);
+        tell(clock, TICK_END, clock->hits);
     return 0;
 }
 
@@ -148,6 +161,7 @@ int on_operator(struct pt_regs *ctx) {
     if (!mark || *mark != data)
         return 0;
     clock->mark = at;
+    clock->hits++; // only the first thread of the one pool comes here
     u64 node = PT_REGS_PARM2(ctx), kind = wake ? *wake : 0;
     if (kind == WAKE_EXPERTS) {
         tell_experts(clock, at, node);

@@ -1,4 +1,4 @@
-"""A daemon under test, a small made-up server for it to find, and a real one that has something to do."""
+"""A daemon and a sidecar under test, a small made-up server to be found, and a real one that has something to do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from llmtraced.bench.engine import Server
 
-__all__ = ["TOKENS", "Daemon", "MadeUp", "accounts", "asking", "build", "mounted", "sums"]
+__all__ = ["TOKENS", "Daemon", "MadeUp", "Sidecar", "accounts", "asking", "build", "mounted", "read_bytes", "sums"]
 
 TOKENS = 4 if EMULATED else 16
 """Tokens of an answer of :func:`asking`."""
@@ -168,6 +168,74 @@ class Daemon:
         finally:
             self.process.kill()
             self.process.wait()
+
+
+class Sidecar:
+    """``llmtraced prefetch`` as a child; killed on exit if it is still there.
+
+    Attributes:
+        child: the process; the same before and after it has become the bare sidecar.
+    """
+
+    def __init__(self, pid: int, folder: Path, *options: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, self.errors = folder / "sidecar.prom", folder / "sidecar.err"
+        self.file.unlink(missing_ok=True)
+        self.command = [sys.executable, "-m", "llmtraced", "prefetch", "--pid", str(pid), "--json"]
+        self.command += ["--metrics", str(self.file), *options]
+
+    def __enter__(self) -> Self:
+        with self.errors.open("wb") as err:
+            self.child = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=err, text=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.child.poll() is None:
+            self.child.kill()
+        self.child.communicate()
+
+    def said(self) -> str:
+        return self.errors.read_text()
+
+    def metrics(self) -> dict[str, float]:
+        """Return what it last wrote, by name without the prefix; nothing before it has written."""
+        try:
+            text = self.file.read_text()
+        except FileNotFoundError:
+            return {}
+        samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+        return {s.name.removeprefix("llmtraced_prefetch_"): s.value for s in samples}
+
+    def bare(self) -> bool:
+        """Tell whether it has become the bare sidecar."""
+        assert self.child.poll() is None, self.said()
+        return b"llmtraced.prefetch.sidecar" in Path(f"/proc/{self.child.pid}/cmdline").read_bytes()
+
+    def settled(self) -> bool:
+        """Tell whether it is engaged and pins no more."""
+        assert self.child.poll() is None, self.said()
+        before = self.metrics()
+        if not before.get("engaged"):
+            return False
+        time.sleep(12 if EMULATED else 1.2)
+        return before["pinned_bytes"] == self.metrics()["pinned_bytes"]
+
+    def end(self, number: int = signal.SIGTERM) -> dict[str, Any]:
+        """Ask it to end; return its summary."""
+        self.child.send_signal(number)
+        return self.summary()
+
+    def summary(self) -> dict[str, Any]:
+        """Wait until it has ended by itself; return its summary."""
+        out, _ = self.child.communicate(timeout=300 if EMULATED else 30)
+        assert self.child.returncode == 0, self.said()
+        answer: dict[str, Any] = json.loads(out)
+        return answer
+
+
+def read_bytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
 @contextmanager

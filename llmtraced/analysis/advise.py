@@ -255,40 +255,44 @@ def _limit(it: Facts) -> Finding:
 
 
 def _repacked(it: Facts) -> Finding:
-    away, here, unclear = it.size(False), it.size(True), it.size(None)
+    read = unmapped(it.trace)
+    tensors = it.trace.tensors
+    copies = tensors.filter(~pl.col("backed"), ~pl.col("model").is_in(read))
+    away, here, unclear = int(copies["size_bytes"].sum()), it.size(True), it.size(None)
     evidence = {
         "repacked_bytes": away,
-        "repacked_tensors": it.trace.tensors.filter(~pl.col("backed")).height,
+        "repacked_tensors": copies.height,
+        "read_models": read,
         "file_weights_bytes": here,
         "not_known_bytes": unclear,
         "bytes_read_per_token": it.read_per_token,
     }
+    words = it.trace.meta.get("command") or []
+    words = words.split() if isinstance(words, str) else [str(word) for word in words]
+    beside = "; ".join(why_unmapped(model, words) for model in read)
+    if read and not here and not away:
+        why = (
+            "What was read into the server's own memory cannot be evicted without swap, and is not shared between "
+            "servers: it fits, or the server is killed. With --load-mode mmap the weights stay in the page cache."
+        )
+        act = "llama-server --load-mode mmap …   # then record again and compare tokens/s and bytes read"
+        return finding("repacked", "note", beside, why, act, evidence=evidence)
     why = (
         "llama.cpp copies some weights into its own memory in another order, to compute faster. That memory cannot be "
         "evicted without swap: it is as good as pinned, and takes room from the pages of all other weights. Their "
         "pages of the file are read once, for the copy. With --no-repack they stay in the file: evictable, shared "
-        "between servers, and slower to compute."
+        "between servers, and slower to compute. Adapters and projectors are always read."
     )
-    if read := unmapped(it.trace):
-        command = it.trace.meta.get("command") or ""
-        words = command.split() if isinstance(command, str) else [str(word) for word in command]
-        title = "; ".join(why_unmapped(model, words) for model in read)
-        why = (
-            "What was read into the server's own memory cannot be evicted without swap, and is not shared between "
-            "servers: it fits, or the server is killed. With --load-mode mmap the weights stay in the page cache. "
-            "Adapters and projectors are always read."
-        )
-        act = "llama-server --load-mode mmap …   # then record again and compare tokens/s and bytes read"
-        return finding("repacked", "note", title, why, act, evidence=evidence)
     if not away and not here:
         lack = "no graph was understood, so where the weights are is not known"
         title = "Whether weights are kept outside the file is not known"
         return finding("repacked", "note", title, why, OPS, unknown=lack, evidence=evidence)
     if not away:
-        return finding(
-            "repacked", "fine", "All weights that were seen are used from the mapped file", why, evidence=evidence
-        )
+        title = f"All other weights that were seen are used from the mapped file; {beside}"
+        title = title if read else "All weights that were seen are used from the mapped file"
+        return finding("repacked", "fine", title, why, evidence=evidence)
     title = f"{size(away)} of weights are in the server's own memory, not in the mapped file ({size(here)} are)"
+    title += f"; {beside}" if read else ""
     command = "llama-server --no-repack …   # then record again and compare tokens/s and bytes read"
     return finding("repacked", "note", title, why, command, evidence=evidence)
 

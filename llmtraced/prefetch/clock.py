@@ -9,7 +9,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
-__all__ = ["BEGIN", "END", "EXPERTS", "INPUT", "PageTable", "Tick", "TickRing", "choices", "next_step"]
+__all__ = ["BEGIN", "END", "EXPERTS", "INPUT", "PageTable", "Tick", "TickRing", "choices", "decoded", "next_step"]
 
 BEGIN, END = 0xFFFFFFFF, 0xFFFFFFFE  # llmtraced/probes/ticks.py, bpf/ticks.bpf.c; so are the next two lines
 INPUT, EXPERTS = 2, 3  # wakes: what is to be told besides that an operator begins
@@ -19,8 +19,9 @@ _BUSY, _DISCARD = 1 << 31, 1 << 30  # BPF_RINGBUF_BUSY_BIT, BPF_RINGBUF_DISCARD_
 _RECORD = struct.Struct("<QIIQ")
 
 Tick = tuple[int, int, int, int, bytes]
-"""(time in ns, CLOCK_MONOTONIC; graphs so far; BEGIN, END or the number of a mark; tokens in the batch of a BEGIN, or
-what bpf/ticks.bpf.c says of the mark; the input, float32, or which experts were chosen, for :func:`choices`)"""
+"""(time in ns, CLOCK_MONOTONIC; graphs so far; BEGIN, END or the number of a mark; of a BEGIN what :func:`decoded`
+takes, of an END how many operators had one of the weights, or what bpf/ticks.bpf.c says of the mark; the input,
+float32, or which experts were chosen, for :func:`choices`)"""
 
 
 class TickRing:
@@ -75,6 +76,12 @@ class TickRing:
             at += (length & ~_DISCARD) + 15 & ~7
         struct.pack_into("<Q", self._consumer, 0, at)
         return found
+
+
+def decoded(value: int) -> int:
+    """Return the tokens in the batch of a BEGIN; 0: it is a prompt, of which not every token wants its outputs."""
+    tokens, outputs = value & 0xFFFFFFFF, value >> 32
+    return tokens if tokens == outputs else 0
 
 
 def choices(value: int, experts: bytes) -> list[tuple[int, ...]]:

@@ -19,6 +19,7 @@ _WORSE = 0.97  # engaged tokens must take less than this share of those before
 _SETTLE = 3  # tokens after engaging that are not compared
 _ENOUGH, _ENOUGH_VARIED = 8, 32  # tokens that are compared
 _FIRST_PAUSE = 60.0  # s; doubled each time
+_MOST_TOGETHER = 64  # tokens in a batch that is still decoding: slots, times what a draft proposes
 
 
 class Governor:
@@ -31,7 +32,8 @@ class Governor:
 
     Attributes:
         state: WATCHING, ENGAGED, FITS or BACKED_OFF.
-        without_ns, with_ns: durations of the last tokens without the sidecar's work, and with it.
+        without, with_: (tokens in the batch, duration in ns) of the last evaluations without the sidecar's work, and
+            with it. Those of several slots, or of a draft's proposals, take longer: only equal batches are compared.
         why: the last decision, in words.
     """
 
@@ -39,8 +41,8 @@ class Governor:
         self._enough = _ENOUGH_VARIED if varied else _ENOUGH
         self._bytes, self._trial = model_bytes, max(trial, self._enough // 2) if trial and varied else trial
         self.state = WATCHING if trial else ENGAGED
-        self.without_ns: list[int] = []
-        self.with_ns: list[int] = []
+        self.without: list[tuple[int, int]] = []
+        self.with_: list[tuple[int, int]] = []
         self.why = "watching the first tokens" if trial else "engaged at once, as asked"
         self._read: list[int] = []
         self._skip = _SETTLE
@@ -51,26 +53,26 @@ class Governor:
 
         Args:
             duration_ns: of the evaluation.
-            batch: tokens in it: only single ones are compared.
+            batch: tokens in it, 0 if it is a prompt, which is not judged.
             read: bytes that the server itself read from disk since the one before.
             now: seconds, monotonic.
         """
-        if batch != 1:
+        if not 0 < batch <= _MOST_TOGETHER:
             return False
         before = self.state
         if self.state in (WATCHING, FITS):
             if self.state == FITS and read > self._bytes * _FITS:
-                self.without_ns.clear()  # those were tokens of a model that fits: no measure of what is to come
-            self.without_ns = [*self.without_ns, duration_ns][-max(self._enough, 16) :]
+                self.without.clear()  # those were tokens of a model that fits: no measure of what is to come
+            self.without = [*self.without, (batch, duration_ns)][-max(self._enough, 16) :]
             self._read = [*self._read, read][-min(max(self._trial, 2), 16) :]
             if len(self._read) >= max(self._trial, 2):
                 self._judge_reads()
         elif self.state == ENGAGED:
-            self._judge_speed(duration_ns, now)
+            self._judge_speed(batch, duration_ns, now)
         elif now >= self._until:
             self.state, self.why = WATCHING, "trying again"
             self._read.clear()
-            self.without_ns.clear()
+            self.without.clear()
         return self.state != before
 
     def _judge_reads(self) -> None:
@@ -80,20 +82,27 @@ class Governor:
         elif self.state == WATCHING or min(self._read) > least:
             self.state, self.why = ENGAGED, f"tokens read {most} bytes"
             self._skip = _SETTLE
-            self.with_ns.clear()
+            self.with_.clear()
 
-    def _judge_speed(self, duration_ns: int, now: float) -> None:
+    def _judge_speed(self, batch: int, duration_ns: int, now: float) -> None:
         if self._skip:
             self._skip -= 1
             return
-        self.with_ns = [*self.with_ns, duration_ns][-64:]
-        if not self.without_ns or len(self.with_ns) < self._enough:
+        self.with_ = [*self.with_, (batch, duration_ns)][-64:]
+        before, since = _of(batch, self.without), _of(batch, self.with_)
+        if not before or len(since) < self._enough:
             return
-        without, engaged = median(self.without_ns[-self._enough :]), median(self.with_ns[-self._enough :])
+        without, engaged = median(before[-self._enough :]), median(since[-self._enough :])
         if engaged > without * _WORSE:
             self.state = BACKED_OFF
             self.why = f"tokens take {engaged / 1e6:.0f} ms with it and {without / 1e6:.0f} ms without it"
             self._until, self._pause = now + self._pause, self._pause * 2
+
+    def compared(self) -> tuple[list[int], list[int]]:
+        """Return the durations (ns) without and with the sidecar's work, of the batches of which most are known."""
+        both = [batch for batch, _ in self.without + self.with_]
+        batch = max(both, key=both.count, default=1)
+        return _of(batch, self.without), _of(batch, self.with_)
 
     def reading(self, read: int) -> bool:
         """Take in what the server has read of late, where its tokens are not seen; return whether the state changed."""
@@ -113,3 +122,7 @@ class Governor:
             self.state, self.why = FITS, "there is memory for the whole model"
             self._read.clear()
         return changed
+
+
+def _of(batch: int, evaluations: list[tuple[int, int]]) -> list[int]:
+    return [duration for tokens, duration in evaluations if tokens == batch]

@@ -23,6 +23,7 @@ from llmtraced.cgroup import cgroup_of
 from llmtraced.errors import FAILED, NO_PERMISSION, UNSUPPORTED, LlmtracedError, printable
 from llmtraced.ggml_layout import Graph, Layout
 from llmtraced.gguf_map import Model
+from llmtraced.loading import why_unmapped
 from llmtraced.prefetch import plan as plans
 from llmtraced.prefetch import unit
 from llmtraced.prefetch.clock import BEGIN, TickRing
@@ -54,6 +55,8 @@ _SLACK_SHARE: Final = 200  # one part in so many of the memory stays free, and
 _LEAST_SLACK: Final = 8 << 20
 _MOST_WIDTH: Final = 16_384
 _NEVER: Final = 1 << 40  # tokens to watch first
+_LOCKED: Final = 0.9  # of what is mapped
+_LEAST_SHARE: Final = 0.05  # of what a token uses whole, that must be in the mapped file
 _LEFT: Final = "a mixture of experts: what every token uses is managed, its experts are left to the kernel"
 _WAIT_SECONDS: Final = 5.0  # between lines that say what is waited for
 
@@ -116,6 +119,7 @@ def run(pid: int, options: Options) -> None:
             f"{printable(str(options.plan))} is a plan of {printable(given.model)} ({given.fingerprint}), but process "
             f"{pid} runs {printable(label)} ({model.fingerprint}); make one with `llmtraced plan`"
         )
+    _tell_of_others(target, label)
     ticks = _open_clock(target, options.clock, _width(model))
     marks: list[list[int]] = []
     unbacked: set[str] = set()
@@ -125,15 +129,15 @@ def run(pid: int, options: Options) -> None:
         why = "not a mixture of experts" if not merged else "not to be seen at work"
         raise LlmtracedError(f"{printable(label)} is {why}: use the strategy auto", UNSUPPORTED)
     if ticks is not None:
-        layout, graph = _learn(target, label, model, ticks)
+        layout, graph = _learn(target, label, ticks)
         learned = given or plans.from_graph(label, model, graph, layout)
         marks, numbers = _set_marks(ticks, layout, graph, learned)
-        unbacked = _unbacked(graph, files)
+        unbacked = _unbacked(graph, label, files)
         if merged and STRATEGIES[options.strategy]["experts"]:
             experts = _experts(model, layout, graph, numbers, unbacked & merged)
     else:
         learned = given or plans.from_tensors(label, model)
-    _warn(learned, unbacked)
+    _warn(learned, unbacked, enough=experts is not None)
     if merged and experts is None:
         log.warning(_LEFT)
     config = configuration(target, label, files, learned, unbacked, ticks, marks, options)
@@ -154,11 +158,11 @@ def live_plan(pid: int) -> Plan:
     label, model = _main_model(target)
     ticks = tick_probes.open_ticks(target.pid, target.symbols)
     try:
-        layout, graph = _learn(target, label, model, ticks)
+        layout, graph = _learn(target, label, ticks)
     finally:
         ticks.close()
     plan = plans.from_graph(label, model, graph, layout)
-    unbacked = _unbacked(graph, [f for f in target.files if f.label == label])
+    unbacked = _unbacked(graph, label, [f for f in target.files if f.label == label])
     _warn(plan, unbacked)
     if any(tensor.n_experts for tensor in model.tensors):
         log.warning(_LEFT)
@@ -189,11 +193,23 @@ def _main_model(target: Target) -> tuple[str, Model]:
     label = max(mapped, key=lambda name: mapped[name])
     if not mapped[label]:
         raise LlmtracedError(
-            f"process {target.pid} has read {printable(label)} into its own memory instead of mapping it "
-            "(--no-mmap, --load-mode): its pages cannot be managed",
+            f"process {target.pid}: {why_unmapped(label, target.command)}. Its pages cannot be managed: start the "
+            "server with --load-mode mmap",
             UNSUPPORTED,
         )
     return label, target.models[label]
+
+
+def _tell_of_others(target: Target, label: str) -> None:
+    """Say which other models there are, which this sidecar does not serve, and what leaves it nothing to do."""
+    for other in (name for name in target.models if name != label):
+        if other in target.unmapped:
+            log.info("%s", why_unmapped(other, target.command))
+        else:
+            log.warning("%s is served; %s is left to the kernel", printable(label), printable(other))
+    locked = target.locked_bytes
+    if locked >= _LOCKED * target.mapped_bytes:
+        log.warning("the server has locked its model in memory itself (%d MB): nothing can be gained", locked >> 20)
 
 
 def _width(model: Model) -> int:
@@ -223,14 +239,14 @@ def _ring(ticks: Ticks) -> TickRing:
     return TickRing(maps["ticks"], maps["clocks"], maps["wakes"], tick_probes.RING_BYTES, tick_probes.MARKS)
 
 
-def _learn(target: Target, label: str, model: Model, ticks: Ticks) -> tuple[Layout, Graph]:
-    """Wait for a graph to be evaluated, and read it.
+def _learn(target: Target, label: str, ticks: Ticks) -> tuple[Layout, Graph]:
+    """Wait for a graph of the model to be evaluated, and read it.
 
     Raises:
         LlmtracedError: the server ended, or its graphs cannot be understood.
     """
     ring = _ring(ticks)
-    weights = known_weights(target, label, model)
+    weights = known_weights(target)
     read = ggml_layout.memory_reader(target.pid)
     tries, told = 0, time.monotonic()
     log.info("waiting for process %d to evaluate a token", target.pid)
@@ -240,7 +256,11 @@ def _learn(target: Target, label: str, model: Model, ticks: Ticks) -> tuple[Layo
                 continue
             try:
                 layout = ggml_layout.derive(read, value, weights)
-                return layout, ggml_layout.read_graph(read, value, layout, weights)
+                graph = ggml_layout.read_graph(read, value, layout, weights)
+                if graph.model == label:
+                    return layout, graph
+                if graph.model is None:
+                    raise LlmtracedError("which of its models a graph evaluates is not clear", UNSUPPORTED)
             except (LlmtracedError, OSError) as error:
                 tries += 1
                 if tries == _GRAPH_TRIES:
@@ -252,15 +272,15 @@ def _learn(target: Target, label: str, model: Model, ticks: Ticks) -> tuple[Layo
             log.info("still waiting: send it a request")
 
 
-def known_weights(target: Target, label: str, model: Model) -> dict[str, list[ggml_layout.Weight]]:
-    """Return what the file and the target's mappings tell of a model's weights, by name."""
-    maps = {f.shard: f.mappings for f in target.files if f.label == label}
+def known_weights(target: Target) -> dict[str, list[ggml_layout.Weight]]:
+    """Return what files and the target's mappings tell of its models' weights, by name."""
+    maps = {(f.label, f.shard): f.mappings for f in target.files}
 
-    def address(_: str, shard: int, offset: int) -> int | None:
-        inside = (m for m in maps.get(shard, ()) if m.offset <= offset < m.offset + m.end - m.start)
+    def address(label: str, shard: int, offset: int) -> int | None:
+        inside = (m for m in maps.get((label, shard), ()) if m.offset <= offset < m.offset + m.end - m.start)
         return next((m.start + offset - m.offset for m in inside), None)
 
-    return ggml_layout.known_weights({label: model}, address)
+    return ggml_layout.known_weights(target.models, address)
 
 
 def _experts(
@@ -293,20 +313,34 @@ def _set_marks(ticks: Ticks, layout: Layout, graph: Graph, plan: Plan) -> tuple[
     return [steps[seen[address]] for address in addresses], {seen[a]: number for number, a in enumerate(addresses)}
 
 
-def _unbacked(graph: Graph, files: list[ModelFile]) -> set[str]:
-    """Return the weights whose data are not in a mapping of the model: repacked, or read."""
+def _unbacked(graph: Graph, label: str, files: list[ModelFile]) -> set[str]:
+    """Return the model's weights whose data are not in a mapping of it: repacked, or read."""
     ranges = [(m.start, m.end) for f in files for m in f.mappings]
-    return {name for name, data in graph.weights.values() if not any(s <= data < e for s, e in ranges)}
+    mine = (graph.weights[source] for source, model in graph.models.items() if model == label)
+    return {name for name, data in mine if not any(s <= data < e for s, e in ranges)}
 
 
-def _warn(plan: Plan, unbacked: set[str]) -> None:
+def _warn(plan: Plan, unbacked: set[str], *, enough: bool = False) -> None:
+    """Say what cannot be managed.
+
+    Raises:
+        LlmtracedError: next to nothing can be, unless there is ``enough`` else to do.
+    """
+    whole = {entry.tensor_name: entry.size_bytes for entry in plan.entries if entry.whole}
+    left = sum(size for name, size in whole.items() if name not in unbacked)
     if unbacked:
         log.warning(
             "%d of its weights are copies in its own memory (repacked); they cannot be managed: try --no-repack",
             len(unbacked),
         )
-    if not any(entry.whole for entry in plan.entries):
+    if not whole:
         raise LlmtracedError("no weight of this model is used whole by each token: nothing can be planned", UNSUPPORTED)
+    if left < _LEAST_SHARE * sum(whole.values()) and not enough:
+        raise LlmtracedError(
+            f"only {left / 1e6:.1f} of {sum(whole.values()) / 1e6:.1f} MB that each token uses are in the mapped file, "
+            "the others are copies in the server's own memory: start it with --no-repack",
+            UNSUPPORTED,
+        )
 
 
 def configuration(
@@ -352,6 +386,8 @@ def configuration(
             "wakes": ticks.maps["wakes"],
             "ring_bytes": tick_probes.RING_BYTES,
             "marks": tick_probes.MARKS,
+            # By multiplications alone a graph whose weights are all repacked could not be told from another model's.
+            "operators": "ggml_cpu_extra_compute_forward" in target.symbols,
         },
         "keep": [] if ticks is None else ticks.descriptors(),
         "cgroup": {"folder": str(group.path) if group else "", "version": group.version if group else 2},

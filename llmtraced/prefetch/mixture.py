@@ -169,6 +169,10 @@ class Mixture:
         self._chosen.clear()
         self._sure.clear()
 
+    def other(self) -> None:
+        """Take in that the graph that began is another model's: a draft's tokens do not age what ours have used."""
+        self.residency.token -= 1
+
     def tick(self, ts: int, mark: int, value: int, told: bytes) -> bool:
         """Take in that the server has come to a mark; return whether it was one of ours."""
         layer = self._by_mark.get(mark)

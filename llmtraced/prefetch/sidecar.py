@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from llmtraced.prefetch import governor as states
-from llmtraced.prefetch.clock import BEGIN, END, PageTable, TickRing, next_step
+from llmtraced.prefetch.clock import BEGIN, END, PageTable, TickRing, decoded, next_step
 from llmtraced.prefetch.governor import Governor
 from llmtraced.prefetch.memory import Memory, anonymous_bytes
 from llmtraced.prefetch.mixture import Mixture
@@ -65,12 +65,15 @@ class Sidecar:
         self.marks: list[list[int]] = config["marks"]  # steps at which each mark's weight is used
         ticks = config["ticks"]
         self.ring = TickRing(*(ticks[n] for n in ("ring", "clocks", "wakes", "ring_bytes", "marks"))) if ticks else None
+        if self.ring is not None:
+            self.ring.wait(0)  # ticks of graphs that began before the clock knew its marks say nothing
+        self._operators = bool(ticks and ticks["operators"])
         self.table = PageTable(self.pid)
         self.work: Work | None = None
         self.mixture: Mixture | None = None
         self.experts: dict[str, Any] = {}  # what was last told of them
         self.budget = 0
-        self.tokens = 0
+        self.tokens = self.others = 0
         self.speeds: dict[str, dict[str, float]] = {}
         self.totals: dict[str, int] = {}
         self.last: dict[str, Any] = {}
@@ -149,13 +152,15 @@ class Sidecar:
             elif self.mixture.tick(ts, mark, value, experts):
                 return
         if mark == BEGIN:
-            self._begun, self._batch = ts, value
+            self._begun, self._batch = ts, decoded(value)
             self._step = IDLE
         elif mark == END:
             self._step = IDLE
-            if self._begun:
+            if self._begun and (value or not self._operators):
                 self._token_ended(ts - self._begun, self._batch)
-                self._begun = 0
+            elif self._begun:
+                self._other_ended()
+            self._begun = 0
         elif mark < len(self.marks):
             self._step = next_step(self.marks[mark], self._step)
         self._move(self._step, ts)
@@ -168,6 +173,13 @@ class Sidecar:
             self.mixture.ended(read)
         if self.governor.token(duration_ns, batch, read, time.monotonic()):
             self._obey()
+
+    def _other_ended(self) -> None:
+        """Take in the end of another model's graph: how long it took, and what it read, says nothing of ours."""
+        self.others += 1
+        self._server_read = self._read_bytes()
+        if self.mixture is not None:
+            self.mixture.other()
 
     def _obey(self) -> None:
         _say(f"{self.governor.state}: {self.governor.why}")
@@ -348,12 +360,13 @@ class Sidecar:
             t = {name: value + self.work.totals[name] for name, value in t.items()}
         asked = t["used"] + t["late"] + t["missed"]
         fetched = t["used"] + t["late"] + t["wasted"]
-        with_ns, without_ns = sorted(self.governor.with_ns), sorted(self.governor.without_ns)
+        without_ns, with_ns = (sorted(durations) for durations in self.governor.compared())
         return {
             "state": self.governor.state,
             "why": self.governor.why,
             "seconds": round(time.monotonic() - self._started, 3),
             "tokens": self.tokens,
+            "other_graphs": self.others,
             "model_bytes": self.total,
             "budget_bytes": self.budget,
             "pinned_bytes": self.work.pinned_bytes if self.work else 0,

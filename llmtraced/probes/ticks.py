@@ -55,6 +55,7 @@ _CLOCK: Final = np.dtype(
             "graph_nodes",
             "tensor_ne",
             "tensor_nb",
+            "graph_n_nodes",
         )
     ]
 )
@@ -84,6 +85,7 @@ class Ticks:
         clock["n_marks"] = len(addresses)
         for name in (
             "graph_nodes",
+            "graph_n_nodes",
             "tensor_ne",
             "tensor_nb",
             "tensor_data",

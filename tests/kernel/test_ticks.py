@@ -11,7 +11,7 @@ from llmtraced import ggml_layout
 from llmtraced.bench import models
 from llmtraced.bench.engine import SyncEngine
 from llmtraced.prefetch import launch
-from llmtraced.prefetch.clock import BEGIN, END, Tick, TickRing
+from llmtraced.prefetch.clock import BEGIN, END, Tick, TickRing, decoded
 from llmtraced.probes import ticks as probes
 from llmtraced.probes.ticks import Ticks, open_ticks
 from llmtraced.target import Target, find_target
@@ -49,8 +49,7 @@ def ring(clock: Ticks) -> TickRing:
 @pytest.fixture(scope="module")
 def sequence(engine: SyncEngine, target: Target, clock: Ticks, ring: TickRing) -> list[int]:
     """Teach the clock the layout; return the marks of a token in the order of its graph's multiplications."""
-    (label, model), *_ = target.models.items()
-    weights = launch.known_weights(target, label, model)
+    weights = launch.known_weights(target)
     read = ggml_layout.memory_reader(target.pid)
     ring.wait(0)
     engine.generate([5], 1)
@@ -84,7 +83,9 @@ def test_graphs_and_their_batches_are_counted(engine: SyncEngine, ring: TickRing
     ring.wake_at({})
     found = ticks_of(engine, ring, PROMPT, N)
     assert [mark for _, _, mark, *_ in found] == [BEGIN, END] * N  # and nothing of operators
-    assert [value for _, _, mark, value, _ in found if mark == BEGIN] == [len(PROMPT), *[1] * (N - 1)]
+    assert [value & 0xFFFFFFFF for _, _, mark, value, _ in found if mark == BEGIN] == [len(PROMPT), *[1] * (N - 1)]
+    assert [decoded(value) for _, _, mark, value, _ in found if mark == BEGIN] == [0, *[1] * (N - 1)]
+    assert [value for _, _, mark, value, _ in found if mark == END] == [len(sequence)] * N  # weights that were met
     numbers = [token for _, token, mark, *_ in found if mark == BEGIN]
     assert numbers == list(range(numbers[0], numbers[0] + N))
     times = [ts for ts, *_ in found]

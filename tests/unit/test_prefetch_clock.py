@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from llmtraced.prefetch import clock
-from llmtraced.prefetch.clock import BEGIN, END, EXPERTS, INPUT, PageTable, TickRing, choices, next_step
+from llmtraced.prefetch.clock import BEGIN, END, EXPERTS, INPUT, PageTable, TickRing, choices, decoded, next_step
 
 PAGE = 4096
 RING = 8192
@@ -192,3 +192,8 @@ def test_what_comes_with_a_tick_is_handed_on(ring: Ring) -> None:
 
 def test_a_prompts_choices_are_not_told() -> None:
     assert choices(4 | 300 << 32, b"") == []
+
+
+@pytest.mark.parametrize(("tokens", "outputs", "batch"), [(1, 1, 1), (4, 4, 4), (7, 1, 0), (512, 0, 0), (0, 0, 0)])
+def test_a_batch_is_decoded_if_all_its_tokens_have_outputs(tokens: int, outputs: int, batch: int) -> None:
+    assert decoded(tokens | outputs << 32) == batch

@@ -32,7 +32,7 @@ def test_it_watches_first_and_engages_when_tokens_read() -> None:
     assert governor.state == WATCHING
     assert governor.token(100 * MS, 1, READS, 0.0)
     assert governor.state == ENGAGED
-    assert governor.without_ns == [100 * MS] * 3
+    assert governor.compared() == ([100 * MS] * 3, [])
 
 
 def test_it_stands_aside_where_the_model_fits() -> None:
@@ -61,19 +61,19 @@ def test_the_trial_is_as_long_as_asked_but_two_at_least(trial: int) -> None:
 
 def test_prompts_are_not_compared() -> None:
     governor = Governor(MODEL)
-    assert not any(governor.token(9000 * MS, 7, READS, 0.0) for _ in range(50))
+    assert not any(governor.token(9000 * MS, 0, READS, 0.0) for _ in range(50))
     assert governor.state == WATCHING
-    assert governor.without_ns == []
+    assert governor.without == []
     governor = engaged()
-    assert not any(governor.token(9000 * MS, 7, READS, 0.0) for _ in range(50))
-    assert (governor.state, governor.with_ns) == (ENGAGED, [])
+    assert not any(governor.token(9000 * MS, 0, READS, 0.0) for _ in range(50))
+    assert (governor.state, governor.with_) == (ENGAGED, [])
 
 
 def test_it_stays_engaged_while_it_helps() -> None:
     governor = engaged(100)
     assert not any(feed(governor, 500, 50))
     assert governor.state == ENGAGED
-    assert len(governor.with_ns) <= 64
+    assert len(governor.with_) <= 64
 
 
 @pytest.mark.parametrize(("ms", "state"), [(96, ENGAGED), (98, BACKED_OFF), (100, BACKED_OFF), (400, BACKED_OFF)])
@@ -87,7 +87,7 @@ def test_it_backs_off_when_tokens_are_not_faster(ms: int, state: str) -> None:
 def test_the_first_tokens_after_engaging_are_not_compared() -> None:
     governor = engaged(100)
     feed(governor, SETTLE, 5000)
-    assert governor.with_ns == []
+    assert governor.with_ == []
     feed(governor, ENOUGH, 50)
     assert governor.state == ENGAGED
 
@@ -105,7 +105,7 @@ def test_tokens_while_it_pins_are_not_compared() -> None:
         governor.settled()
         feed(governor, 1, 5000)
     assert governor.state == ENGAGED
-    assert governor.with_ns == []
+    assert governor.with_ == []
 
 
 def test_it_tries_again_after_a_pause_that_doubles() -> None:
@@ -127,9 +127,24 @@ def test_what_was_measured_before_the_pause_does_not_count_after_it() -> None:
     feed(governor, SETTLE + ENOUGH, 100, 0, 0.0)
     feed(governor, 1, 100, READS, 60.0)
     feed(governor, 3, 300, READS, 60.0)  # without it, tokens have become slow
-    assert governor.without_ns == [300 * MS] * 3
+    assert governor.compared()[0] == [300 * MS] * 3
     feed(governor, SETTLE + ENOUGH, 200, 0, 61.0)
     assert governor.state == ENGAGED
+
+
+def test_only_equal_batches_are_compared() -> None:
+    """Four slots take longer than one: no reason to back off. Four slots that take as long as before are one."""
+    governor = Governor(MODEL)
+    for batch, ms in ((1, 100), (4, 180), (4, 180)):
+        governor.token(ms * MS, batch, READS, 0.0)
+    assert governor.state == ENGAGED
+    feed(governor, SETTLE, 50)
+    for _ in range(3 * ENOUGH):
+        assert not governor.token(150 * MS, 4, 0, 0.0)
+    assert not any(governor.token(500 * MS, 3, 0, 0.0) for _ in range(3 * ENOUGH))  # nothing to compare it with
+    assert governor.compared()[0] == [180 * MS] * 2
+    assert any(governor.token(180 * MS, 4, 0, 0.0) for _ in range(ENOUGH))
+    assert governor.state == BACKED_OFF
 
 
 def test_engaged_at_once_never_compares() -> None:
