@@ -70,6 +70,7 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "on_mul_mat": "UPROBE",
     "on_mul_mat_return": "UPROBE",
     "on_any_op": "UPROBE",
+    "on_fused": "UPROBE",
     "on_matrix": "UPROBE_SESSION",
     "on_get_rows": "UPROBE",
 }
