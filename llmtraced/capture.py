@@ -40,6 +40,7 @@ class Capture:
         flush_seconds: how old a record may be before it is in a file.
         ring_bytes: size of the ring, a power of two.
         router_scores: record what a mixture's routers say, too; ``detail`` must be more than ``FAULTS``.
+        tracer: one that is there already, and stays, with a ring of its own size; None: of its own.
     """
 
     def __init__(
@@ -50,12 +51,14 @@ class Capture:
         flush_seconds: float = 5.0,
         ring_bytes: int = 16 << 20,
         router_scores: bool = False,
+        tracer: Tracer | None = None,
     ) -> None:
         if ring_bytes & (ring_bytes - 1) or ring_bytes < 1 << 16:
             raise LlmtracedError(f"the ring must be a power of two of at least 64K, not {ring_bytes} bytes", USAGE)
         self.folder = folder
         self.detail = detail
-        self.tracer = Tracer(Sizes(ring_bytes=ring_bytes))
+        self.tracer = tracer or Tracer(Sizes(ring_bytes=ring_bytes))
+        self._own_tracer = tracer is None
         self.recorder = Recorder(self.tracer, flush_seconds)
         self.session: Session | None = None
         self._scores: ScoreRecorder | None = None
@@ -143,7 +146,8 @@ class Capture:
         self.recorder.close()
         if self._scores is not None:
             self._scores.write()
-        self.tracer.close()
+        if self._own_tracer:
+            self.tracer.close()
         if self.session is None:
             return {"trace": str(self.folder), "account": {}, "rows": {}}
         return {
