@@ -73,7 +73,7 @@ kernel: venv ## real probes, real faults, exact counts (root)
 	$(AS_ROOT) $(BIN)/python -m pytest tests/kernel -q
 
 e2e: venv $(VENV)/.prometheus ## a real llama-server with a real model (root)
-	$(AS_ROOT) $(BIN)/python -m pytest tests/e2e -q
+	$(AS_ROOT) $(BIN)/python -m pytest tests/e2e tests/matrix -q
 
 CASES ?= 5000000
 fuzz: venv ## mutated GGUF files by the million, with a random seed (CASES=5000000)
@@ -107,6 +107,13 @@ test-guest: venv ## what depends on the kernel, under Debian's own one in QEMU (
 	$(GUEST) llmtraced check
 	$(GUEST) pytest -q -k 'not uring' $(GUEST_KERNEL)
 	$(GUEST) pytest -q $(GUEST_E2E)
+
+# Each build is compiled once (5 to 8 minutes on 2 cores) or downloaded, into ~/.cache/llmtraced/builds, where the table
+# of results is too. BUILDS=server-9093,python-8233 takes some of them; tests/matrix/builds.py has the list.
+BUILDS ?= all
+test-matrix: venv ## other builds of llama.cpp, each cell of the table in docs/compatibility.md (root, an hour at first)
+	LLMTRACED_E2E=1 LLMTRACED_MATRIX=$(BUILDS) $(AS_ROOT) $(BIN)/python -m pytest tests/matrix -q
+	@cat "$${LLMTRACED_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/llmtraced}/builds/matrix.md"
 
 fmt: venv ## format Python and BPF sources
 	$(BIN)/ruff check --fix-only -q .
@@ -160,4 +167,4 @@ bench: venv ## measure this tool on this machine
 clean: ## remove what was built here (not the cache in ~/.cache/llmtraced)
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help demo venv install install-program install-files uninstall system test lint types unit kernel e2e fuzz soak kills test-guest fmt bench clean
+.PHONY: help demo venv install install-program install-files uninstall system test lint types unit kernel e2e fuzz soak kills test-guest test-matrix fmt bench clean

@@ -233,6 +233,25 @@ int on_operator(struct pt_regs *ctx) {
     return 0;
 }
 
+// ggml_compute_forward_rms_norm_mul_fused(params, norm, mul): two operators in one call, before which ggml asks nobody.
+// Both are recorded; what they take is the second's.
+int on_fused(struct pt_regs *ctx) {
+    u64 task = this_task();
+    u32 number = 0;
+    struct op *op = current_op(task);
+    struct slot *slot = op ? slot_of(op, &number) : 0;
+    if (!slot)
+        return 0;
+    u64 now = bpf_ktime_get_ns(), dst = PT_REGS_PARM2(ctx), second = PT_REGS_PARM3(ctx);
+    LOOP for (u32 i = 0; i < 2; i++) {
+        if (op->since)
+            end_op(task, slot, number, op, now);
+        begin_op(slot, op, dst, now);
+        dst = second;
+    }
+    return 0;
+}
+
 INLINE bool starts_with_moe(char *name, char *rest, int n) {
     char moe[8] = {'f', 'f', 'n', '_', 'm', 'o', 'e', '_'};
 #pragma unroll

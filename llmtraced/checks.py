@@ -255,6 +255,9 @@ def _hooks(it: target.Target, tracer: Tracer | None) -> Iterator[Check]:
         yield Check("library", "degraded", why, remedy, required=False)
     for point in PROCESS_POINTS:
         name, symbol = f"hook {point}", wanted.get(point.symbol)
+        if symbol is None and point.beside in it.symbols:
+            yield Check(name, "ok", f"{point}: this build has no such function, and nothing is lost", required=False)
+            continue
         if symbol is None:
             problem: str | None = f"{point}: this build has no such symbol"
         elif tracer is None:

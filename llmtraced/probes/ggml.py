@@ -20,6 +20,13 @@ POINTS = (
         Detail.OPS,
         instead_of_ops=True,
     ),
+    Uprobe(
+        "on_fused",
+        "ggml_compute_forward_rms_norm_mul_fused",
+        "norms that are computed together with a multiplication are not recorded",
+        Detail.FULL,
+        beside="ggml_cpu_extra_compute_forward",
+    ),
     Uprobe("on_operator", "ggml_compute_forward_mul_mat", "matrix multiplications are not recorded", Detail.OPS),
 )
 

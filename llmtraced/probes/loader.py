@@ -68,6 +68,7 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "on_graph": "UPROBE",
     "on_graph_return": "UPROBE",
     "on_operator": "UPROBE",
+    "on_fused": "UPROBE",
     "on_get_rows": "UPROBE",
 }
 """BPF programs and their types; uprobes are of type KPROBE as well, in ways that BCC does not know."""

@@ -55,14 +55,19 @@ class SoftwareEvent:
 
 @dataclass(frozen=True, slots=True)
 class Uprobe:
-    """A function of the traced process's ggml, from ``detail`` on. Never required: faults need none of them."""
+    """A function of the traced process's ggml, from ``detail`` on. Never required: faults need none of them.
+
+    ``instead_of_ops``: where a build has it, it takes the place of the probes on single operators. ``beside``: the
+    symbol beside whose probe it is needed; a build that lacks its own does not do what it is for, and loses nothing.
+    """
 
     program: str
     symbol: str
     lost: str
     detail: Detail
     on_return: bool = False
-    instead_of_ops: bool = False  # where a build has it, it takes the place of the probes on single operators
+    instead_of_ops: bool = False
+    beside: str = ""
 
     @property
     def required(self) -> bool:

