@@ -262,7 +262,7 @@ def _repacked(it: Facts) -> Finding:
     evidence = {
         "repacked_bytes": away,
         "repacked_tensors": copies.height,
-        "read_models": read,
+        "read_models": ", ".join(read) or None,
         "file_weights_bytes": here,
         "not_known_bytes": unclear,
         "bytes_read_per_token": it.read_per_token,

@@ -512,3 +512,17 @@ def test_pinned_is_learned_from_the_first_tokens() -> None:
     assert ram.pinned_bytes(one, 20) == 3 * 10
     assert ram.pinned_bytes(one, 25) == 3 * 5
     assert ram.pinned_bytes(one, 0) == 4 * 20 + 3 * 10
+
+
+def test_a_model_that_was_read_is_told_of_and_is_not_repacked(tmp_path: Path) -> None:
+    trace = Builder(tmp_path / "trace")
+    read = {"model": "m.gguf", "path": "/m.gguf", "fingerprint": "f", "size_bytes": 100_000, "mapped_bytes": 0}
+    about: dict[str, Any] = {"models": [read], "command": ["llama-server", "--load-mode", "dio"]}
+    tensor = {"tensor_name": "a", "offset_bytes": 0, "size_bytes": 4096, "backed": False}
+    trace.write("tensors", [tensor], **about)
+    trace.write("tokens", [{"token": 1, "start_ns": 10**9, "end_ns": 2 * 10**9, "phase": "decode"}], **about)
+    report = advise(open_trace(trace.path))
+    found = next(one for one in report["findings"] if one["finding"] == "repacked")
+    assert found["title"].startswith("m.gguf was read with direct I/O")
+    assert (found["evidence"]["read_models"], found["evidence"]["repacked_bytes"]) == ("m.gguf", 0)
+    assert "--load-mode mmap" in show.render(report, 5, Style())
