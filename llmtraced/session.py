@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 _GRAPH_TRIES: Final = 8
 _GRAPHS_AT_ONCE: Final = 4  # that are read for one batch of records
 _GRAPHS: Final = 64  # that are read: a context has a few
+_SILENT_GRAPHS: Final = 32  # after so many graphs without any, what is hooked is not called
+_NEVER: Final = "its function is hooked and never called in this build (inlined?)"
 _PROBE_OF: Final = {
     Probe.FAULTS: (Kind.FAULT,),
     Probe.PAGECACHE: (Kind.ADD, Kind.EVICT),
@@ -95,6 +97,8 @@ class Session:
         self._graphs_read: set[tuple[int, int]] = set()
         self._graph_models: dict[int, int] = {}
         self._projected = 0
+        self._graphs_heard = 0
+        self._heard: set[int] = set()
         self._tries = 0
         self._records = self._dropped = 0
         self._maps = b""
@@ -343,6 +347,24 @@ class Session:
             for probe, members in _PROBE_OF.items():
                 n = int(pages) if probe == Probe.PAGECACHE else int(sum(counts[k] for k in members))
                 epoch.delivered[probe] += n
+
+        self._listen(events["kind"])
+
+    def _listen(self, kinds: NDArray[Any]) -> None:
+        """Say what never comes of graphs that have it: a hook that is attached may be on a copy that nobody calls."""
+        if self.graph is None or self.detail < Detail.OPS or self._graphs_heard >= _SILENT_GRAPHS:
+            return
+        self._heard |= {kind for kind in (Kind.OP, Kind.ROUTE) if (kinds == kind).any()}
+        self._graphs_heard += int(np.count_nonzero(kinds == Kind.TOKEN_END))
+        if self._graphs_heard < _SILENT_GRAPHS:
+            return
+        merged = any("_exps." in name for name, _ in self.graph.weights.values())
+        silent = [] if Kind.OP in self._heard else [f"operators are not recorded: {_NEVER}"]
+        if merged and Kind.ROUTE not in self._heard:
+            silent.append(f"the experts chosen are not recorded: {_NEVER}, or the model's graph has other names")
+        for sentence in silent:
+            log.warning("process %d: %s", self.target.pid, sentence)
+        self.problems += silent
 
     @property
     def buffered(self) -> int:

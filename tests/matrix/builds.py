@@ -45,9 +45,11 @@ class Build:
         version: of the package.
         cmake: further options; meaningful for a server.
         pinned: the build that the other tests use.
-        instead: only ggml's CPU library is compiled, and takes the place of that of another build, of that name.
+        instead: only some libraries are compiled, and take the place of those of another build, of that name.
+        libraries: which, without their endings.
         stripped: a copy of another build, of that name, without its symbol tables.
         python: the prebuilt libraries, in a Python process.
+        without: programs of the hooks that cannot be had, for which there is another.
         blind: llmtraced finds no function of it: no clock, so no tokens, operators and experts.
     """
 
@@ -56,8 +58,10 @@ class Build:
     cmake: tuple[str, ...] = ()
     pinned: bool = False
     instead: str = ""
+    libraries: tuple[str, ...] = ("libggml-cpu",)
     stripped: str = ""
     python: bool = False
+    without: frozenset[str] = frozenset()
     blind: bool = False
 
     def get(self) -> Path:
@@ -80,14 +84,15 @@ class Build:
             tar.extractall(into / "source", filter="data")
         (source,) = (into / "source").glob("*/llama.cpp")
         tree = into / "tree"
-        target = "ggml-cpu" if self.instead else "llama-server"
+        targets = [name.removeprefix("lib") for name in self.libraries] if self.instead else ["llama-server"]
         _run(into, "cmake", "-S", str(source), "-B", str(tree), *_CMAKE, *self.cmake)
-        _run(into, "cmake", "--build", str(tree), "--target", target, "-j", str(os.cpu_count()))
+        _run(into, "cmake", "--build", str(tree), "--target", *targets, "-j", str(os.cpu_count()))
         if self.instead:
             _copy(self.instead, into)
+            for old in (f for f in into.glob("lib*.so*") if f.name.split(".")[0] in self.libraries):
+                old.unlink()
         for file in (tree / "bin").iterdir():
-            if not self.instead or file.name.startswith("libggml-cpu."):
-                (into / file.name).unlink(missing_ok=True)
+            if not self.instead or file.name.split(".")[0] in self.libraries:
                 shutil.move(file, into / file.name)
         for folder in (into / "source", tree):
             shutil.rmtree(folder)
@@ -135,6 +140,20 @@ BUILDS: Final = (
     Build("server-11434", "11434", pinned=True),
     Build("server-11434-static", "11434", ("-DBUILD_SHARED_LIBS=OFF",)),
     Build("server-11434-no-openmp", "11434", ("-DGGML_OPENMP=OFF",), instead="server-11434"),
+    Build(
+        "server-11434-dl",
+        "11434",
+        ("-DGGML_BACKEND_DL=ON", "-DGGML_NATIVE=OFF"),
+        instead="server-11434",
+        libraries=("libggml", "libggml-cpu"),
+    ),
+    Build(
+        "server-11434-lto",
+        "11434",
+        ("-DGGML_LTO=ON", *(f"-DCMAKE_{c}_FLAGS=-fno-semantic-interposition" for c in ("C", "CXX"))),
+        instead="server-11434",
+        without=frozenset({"uprobe ggml_compute_forward_mul_mat and methods"}),
+    ),
     Build("server-11434-stripped", "11434", stripped="server-11434"),
     Build("server-11434-static-stripped", "11434", stripped="server-11434-static", blind=True),
     *(

@@ -603,6 +603,25 @@ def test_weights_of_a_file_that_is_not_known_are_told_of_once(
     assert caplog.text.count("output.weight") == 1
 
 
+@pytest.mark.parametrize(
+    ("heard", "said"),
+    [
+        ((Kind.OP, Kind.ROUTE), []),
+        ((Kind.OP,), ["the experts chosen are not recorded"]),
+        ((), ["operators are not recorded", "the experts chosen are not recorded"]),
+    ],
+)
+def test_hooks_that_are_never_called_are_a_problem(
+    recorder: Recorder, memory: Memory, heard: tuple[Kind, ...], said: list[str]
+) -> None:
+    session = add(recorder, None, of=MOE)
+    session.take(events(mark(moe(memory), 1)))
+    for token in range(1, 100):
+        session.take(events(*(event(kind, token) for kind in heard), event(Kind.TOKEN_END, token, token)))
+        assert token > 30 or not session.problems
+    assert [problem.split(":")[0] for problem in session.problems] == said
+
+
 def test_what_is_no_graph_is_a_problem_after_some_tries(
     recorder: Recorder, memory: Memory, caplog: pytest.LogCaptureFixture
 ) -> None:
