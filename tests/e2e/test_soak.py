@@ -20,7 +20,7 @@ from llmtraced.bench.engine import Server
 pytestmark = pytest.mark.e2e
 
 SECONDS = float(os.environ.get("LLMTRACED_SOAK", "90"))
-KEPT = 4 * MB  # of which the sessions that come and go write a fortieth a second
+KEPT = 4_000_000  # of which the sessions that come and go write a fortieth a second
 MB = 1_000_000
 
 
