@@ -185,9 +185,9 @@ def totals(build: Build, files: Models, folder: Path) -> Cell:
         with Recording(folder, engine, Detail.FAULTS) as recording:
             recording.step()
             recording.page_out()
-            left = drop_cache(files.dense)
+            left, begin = drop_cache(files.dense), clock_ns()
             recording.step(0.2)
-            begin, majors = clock_ns(), _faults_of(engine.pid)
+            majors = _faults_of(engine.pid)
             engine.ask(TOKENS)
             majors = _faults_of(engine.pid) - majors
             resident = -(-resident_bytes(files.dense) // PAGE)
