@@ -214,8 +214,8 @@ INLINE struct slot *slot_of(struct op *op, u32 *number) {
 
 // The thread comes to its next operator: f(params, dst), or a C++ method with these arguments (LT_COOKIE_METHOD). f is
 // ggml_cpu_extra_compute_forward, which ggml asks first for every operator, whoever computes it; or a function for one
-// kind of them. An operator ends where the thread comes to another function that is probed, recorded or not, so its time
-// has waiting for the other threads in it.
+// kind of them. An operator ends where the thread comes to another function that is probed, recorded or not, so its
+// time has waiting for the other threads in it.
 int on_operator(struct pt_regs *ctx) {
     u64 task = this_task(), now = 0;
     u32 number = 0;
