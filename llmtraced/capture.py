@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from llmtraced import target as targets
+from llmtraced.description import session_metadata, session_name
 from llmtraced.errors import USAGE, LlmtracedError
 from llmtraced.probes.loader import Sizes
 from llmtraced.probes.tracer import Tracer
 from llmtraced.recorder import Recorder
 from llmtraced.router_scores import ScoreRecorder
 from llmtraced.schema import Detail, Phase
-from llmtraced.session import Session, session_metadata, session_name
+from llmtraced.session import Session
 from llmtraced.store import TraceWriter, clean_leftovers
 
 __all__ = ["Capture"]

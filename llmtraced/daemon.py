@@ -23,6 +23,7 @@ from prometheus_client.registry import CollectorRegistry
 from llmtraced import capabilities
 from llmtraced import target as targets
 from llmtraced.config import Config
+from llmtraced.description import session_metadata, session_name
 from llmtraced.dial import Governor
 from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.exposition import exposition
@@ -36,7 +37,7 @@ from llmtraced.retention import Keeper
 from llmtraced.schema import Detail, Phase
 from llmtraced.serve import Access, MetricsServer, is_loopback
 from llmtraced.service import Watchdog, notify
-from llmtraced.session import Session, session_metadata, session_name
+from llmtraced.session import Session
 from llmtraced.store import TraceWriter, clean_leftovers
 
 __all__ = ["KEPT", "Daemon"]

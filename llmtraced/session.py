@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -12,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from llmtraced import __version__, clock
-from llmtraced.cgroup import cgroup_of
+from llmtraced import clock
+from llmtraced.description import session_metadata, tensor_table
 from llmtraced.dial import Load
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.ggml_layout import Graph, Layout, derive, known_weights, memory_reader, read_graph
@@ -24,11 +23,11 @@ from llmtraced.operator_names import operator_names
 from llmtraced.probes.tracer import Tracer
 from llmtraced.resolve import Resolver
 from llmtraced.rows import RowMaker, TokenBook, as_prompts, join, pick
-from llmtraced.schema import TABLES, Detail, Kind, Phase, Probe
+from llmtraced.schema import Detail, Kind, Phase, Probe
 from llmtraced.store import TraceWriter
 from llmtraced.target import Target, maps_text, scan
 
-__all__ = ["Account", "Session", "session_metadata", "session_name"]
+__all__ = ["Account", "Session"]
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +53,28 @@ class _Epoch:
 
     events: list[NDArray[Any]] = field(default_factory=list)
     delivered: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(Probe), np.int64))
+
+
+class _Hearing:
+    """Notices what never comes of graphs that have it: an attached hook may be on a copy that nobody calls."""
+
+    def __init__(self) -> None:
+        self._graphs = 0
+        self._heard: set[Kind] = set()
+
+    def silent(self, kinds: NDArray[Any], graph: Graph) -> list[str]:
+        """Take the kinds of more records; return, once and when enough graphs have ended, a sentence for each kind."""
+        if self._graphs >= _SILENT_GRAPHS:
+            return []
+        self._heard |= {kind for kind in (Kind.OP, Kind.ROUTE) if (kinds == kind).any()}
+        self._graphs += int(np.count_nonzero(kinds == Kind.TOKEN_END))
+        if self._graphs < _SILENT_GRAPHS:
+            return []
+        merged = any("_exps." in name for name, _ in graph.weights.values())
+        sentences = [] if Kind.OP in self._heard else [f"operators are not recorded: {_NEVER}"]
+        if merged and Kind.ROUTE not in self._heard:
+            sentences.append(f"the experts chosen are not recorded: {_NEVER}, or the model's graph has other names")
+        return sentences
 
 
 class Session:
@@ -97,8 +118,7 @@ class Session:
         self._graphs_read: set[tuple[int, int]] = set()
         self._graph_models: dict[int, int] = {}
         self._projected = 0
-        self._graphs_heard = 0
-        self._heard: set[int] = set()
+        self._hearing = _Hearing()
         self._tries = 0
         self._records = self._dropped = 0
         self._maps = b""
@@ -347,24 +367,9 @@ class Session:
             for probe, members in _PROBE_OF.items():
                 n = int(pages) if probe == Probe.PAGECACHE else int(sum(counts[k] for k in members))
                 epoch.delivered[probe] += n
-
-        self._listen(events["kind"])
-
-    def _listen(self, kinds: NDArray[Any]) -> None:
-        """Say what never comes of graphs that have it: a hook that is attached may be on a copy that nobody calls."""
-        if self.graph is None or self.detail < Detail.OPS or self._graphs_heard >= _SILENT_GRAPHS:
-            return
-        self._heard |= {kind for kind in (Kind.OP, Kind.ROUTE) if (kinds == kind).any()}
-        self._graphs_heard += int(np.count_nonzero(kinds == Kind.TOKEN_END))
-        if self._graphs_heard < _SILENT_GRAPHS:
-            return
-        merged = any("_exps." in name for name, _ in self.graph.weights.values())
-        silent = [] if Kind.OP in self._heard else [f"operators are not recorded: {_NEVER}"]
-        if merged and Kind.ROUTE not in self._heard:
-            silent.append(f"the experts chosen are not recorded: {_NEVER}, or the model's graph has other names")
-        for sentence in silent:
-            log.warning("process %d: %s", self.target.pid, sentence)
-        self.problems += silent
+        if self.graph is not None and self.detail >= Detail.OPS:
+            for sentence in self._hearing.silent(events["kind"], self.graph):
+                self._problem(sentence)
 
     @property
     def buffered(self) -> int:
@@ -442,62 +447,5 @@ class Session:
 
     def write_tensors(self) -> None:
         """Write, or write again, the table of tensors."""
-        r = self.resolver
-        backed = [True if i in self.backed else False if i in self.unbacked else None for i in range(len(r.tensors))]
-        labels = [r.labels[m] for m in r.model_of]
-        columns: dict[str, Any] = {
-            "model": labels,
-            "tensor_name": r.names,
-            "offset_bytes": [t.offset for t in r.tensors],
-            "size_bytes": [t.size for t in r.tensors],
-            "type": [t.type for t in r.tensors],
-            "layer": [t.layer for t in r.tensors],
-            "component": [t.component for t in r.tensors],
-            "shard": [t.shard for t in r.tensors],
-            "n_experts": [t.n_experts for t in r.tensors],
-            "expert_bytes": [t.expert_bytes for t in r.tensors],
-            "backed": backed,
-        }
-        schema = TABLES["tensors"]
-        arrays = [pa.array(columns[n]).cast(schema.field(n).type) if n == "model" else None for n in schema.names]
-        table = pa.table(
-            [
-                a if a is not None else pa.array(columns[n], schema.field(n).type)
-                for a, n in zip(arrays, schema.names, strict=True)
-            ],
-            schema=schema,
-        )
-        self.writer.rewrite("tensors", table)
+        self.writer.rewrite("tensors", tensor_table(self.resolver, self.backed, self.unbacked))
         self.described = True
-
-
-def session_metadata(target: Target, detail: Detail) -> dict[str, Any]:
-    """Return what every footer of a session's trace says about it."""
-    cgroup = cgroup_of(target.pid)
-    return {
-        "tool_version": __version__,
-        "boot_id": clock.boot_id(),
-        "kernel": os.uname().release,
-        "clock": "CLOCK_MONOTONIC",
-        "realtime_offset_ns": clock.realtime_offset_ns(),
-        "pid": target.pid,
-        "comm": printable(target.comm),
-        "command": [printable(a) for a in target.command],
-        "cgroup_limit_bytes": cgroup.limit if cgroup else None,
-        "detail": detail.name.lower(),
-        "models": [
-            {
-                "model": label,
-                "path": printable(str(model.shards[0].path), 4096),
-                "fingerprint": model.fingerprint,
-                "size_bytes": sum(s.size for s in model.shards),
-                "mapped_bytes": sum(m.end - m.start for f in target.files if f.label == label for m in f.mappings),
-            }
-            for label, model in target.models.items()
-        ],
-    }
-
-
-def session_name(target: Target) -> str:
-    """Return what names this recording for good: boot, pid, the process's start and the recording's (ms)."""
-    return f"{clock.boot_id()[:8]}-{target.pid}-{target.start}.{clock.monotonic_ns() // 1_000_000}"

@@ -20,12 +20,13 @@ from llmtraced.bench import models
 from llmtraced.bench.pressure import MemoryCgroup, ReadAhead, drop_cache
 from llmtraced.bench.touch import Touch, choose_offsets
 from llmtraced.capture import Capture
+from llmtraced.description import session_metadata, session_name
 from llmtraced.gguf_map import read_model
 from llmtraced.metrics import tensor_totals
 from llmtraced.probes.tracer import Tracer
 from llmtraced.recorder import Recorder
 from llmtraced.schema import PAGE, Detail, Phase
-from llmtraced.session import Session, session_metadata, session_name
+from llmtraced.session import Session
 from llmtraced.store import TraceWriter
 
 pytestmark = pytest.mark.kernel
