@@ -61,6 +61,12 @@ _PMUS = Path("/sys/bus/event_source/devices")
 _UPROBE_PMU = _PMUS / "uprobe"
 
 _ENDBR64 = b"\xf3\x0f\x1e\xfa"
+_REALIGNED = re.compile(
+    rb"\x4c\x8d\x54\x24.\x48(?:\x83\xe4.|\x81\xe4.{4})(?:\x48\x89[\xc0\xc8\xd0\xd8\xe0\xe8\xf0\xf8])?\x41\xff\x72.",
+    re.DOTALL,
+)
+"""``lea N(%rsp), %r10; and $-ALIGNMENT, %rsp; (mov …, %rax;) push -8(%r10)``: how functions with wide vectors on the
+stack begin."""
 _EMULATED = re.compile(rb"A?[\x50-\x57]|\x90|\x0f\x1f|[\xe8\xe9\xeb]|[\x70-\x7f]", re.DOTALL)
 
 COOKIE_METHOD = 1 << 8
@@ -265,18 +271,22 @@ def _code(path: str, offset: int, length: int) -> bytes:
         return b""  # attaching will say what is wrong
 
 
-def _landing_pad(path: str, offset: int) -> int:
-    """Return the length of an ``endbr64`` at ``offset``, 0 if there is none.
+def _first(path: str, offset: int, *, on_return: bool = False) -> int:
+    """Return where in the function at ``offset`` a probe goes: behind what changes none of its arguments.
 
-    The kernel emulates the ``push`` that most functions begin with, but single-steps an ``endbr64`` in a copy:
-    measured, 0.7 against 10.9 us a hit (6.18). It changes no register and no stack, so the probe goes behind it.
+    The kernel emulates the ``push`` that most functions begin with, but single-steps an ``endbr64``, and what aligns a
+    stack, in a copy: measured, 0.7 against 10.9 us a hit (6.18). A return is told by the stack as it is on entry, so
+    that a probe on returns goes behind the ``endbr64`` only.
     """
-    return len(_ENDBR64) if _code(path, offset, len(_ENDBR64)) == _ENDBR64 else 0
+    code = _code(path, offset, 32)
+    length = len(_ENDBR64) if code.startswith(_ENDBR64) else 0
+    aligned = None if on_return else _REALIGNED.match(code, length)
+    return offset + (aligned.end() if aligned else length)
 
 
 def emulated(path: str, offset: int) -> bool:
     """Tell whether the kernel emulates the instruction that a uprobe there replaces (arch/x86/kernel/uprobes.c)."""
-    return _EMULATED.match(_code(path, offset + _landing_pad(path, offset), 2)) is not None
+    return _EMULATED.match(_code(path, _first(path, offset), 2)) is not None
 
 
 def open_uprobe(
@@ -293,14 +303,14 @@ def open_uprobe(
         on_return: attach to the function's return.
         cookie: what ``bpf_get_attach_cookie`` gives the program.
     """
+    offset = _first(path, offset, on_return=on_return)
     with contextlib.suppress(OSError):  # 6.6; the other way takes CAP_SYS_ADMIN (perf_uprobe_event_init)
-        return _uprobe_link(path, {offset + _landing_pad(path, offset): cookie}, pid, program, on_return=on_return)
+        return _uprobe_link(path, {offset: cookie}, pid, program, on_return=on_return)
     try:
         kind = int((_UPROBE_PMU / "type").read_text())
         bit = int((_UPROBE_PMU / "format/retprobe").read_text().strip().removeprefix("config:"))
     except OSError as error:
         raise LlmtracedError(f"this kernel has no uprobes (CONFIG_UPROBE_EVENTS): {error}", UNSUPPORTED) from error
-    offset += _landing_pad(path, offset)
     name = ctypes.create_string_buffer(os.fsencode(path))
     attr = _attr(kind, (1 << bit) if on_return else 0, config1=_address(name), config2=offset)
     event = _perf_event_open(attr, pid, -1, what)
@@ -334,8 +344,8 @@ def open_uprobes(path: str, cookies: Mapping[int, int], pid: int, program: int, 
         what: for the error message.
     """
     try:
-        padded = {offset + _landing_pad(path, offset): cookie for offset, cookie in cookies.items()}
-        return _uprobe_link(path, padded, pid, program)
+        firsts = {_first(path, offset): cookie for offset, cookie in cookies.items()}
+        return _uprobe_link(path, firsts, pid, program)
     except OSError as error:
         raise _cannot_attach(what, error.errno or 0) from error
 

@@ -23,6 +23,7 @@ from llmtraced.capture import Capture
 from llmtraced.description import session_metadata, session_name
 from llmtraced.gguf_map import read_model
 from llmtraced.metrics import tensor_totals
+from llmtraced.probes import kernel
 from llmtraced.probes.tracer import Tracer
 from llmtraced.recorder import Recorder
 from llmtraced.schema import PAGE, Detail, Phase
@@ -304,12 +305,23 @@ def test_a_ring_that_is_too_small_loses_events_and_says_how_many(model: Path, tm
     assert table(trace, "faults").height == account["delivered"]
 
 
-def test_uprobes_on_functions_with_a_landing_pad_are_cheap_and_exact(tmp_path: Path) -> None:
-    """Builds with control-flow protection begin functions with endbr64: the probe goes behind it, missing nothing."""
+PLAIN = 'int ggml_graph_compute(int *p) { __asm__ volatile("" ::: "memory"); return *p; }'
+REALIGNED = """
+int ggml_graph_compute(int *p);
+__asm__(".globl ggml_graph_compute\\n.type ggml_graph_compute,@function\\nggml_graph_compute: endbr64\\n"
+        "lea 8(%rsp),%r10\\n and $-64,%rsp\\n push -8(%r10)\\n push %rbp\\n mov %rsp,%rbp\\n push %r10\\n"
+        "mov (%rdi),%eax\\n pop %r10\\n pop %rbp\\n lea -8(%r10),%rsp\\n ret\\n"
+        ".size ggml_graph_compute,.-ggml_graph_compute");
+"""
+
+
+@pytest.mark.parametrize("function", [f"__attribute__((noinline)) {PLAIN}", REALIGNED])
+def test_uprobes_behind_what_the_kernel_would_single_step_are_exact(tmp_path: Path, function: str) -> None:
+    """Functions begin with endbr64, or align their stack: the probe goes behind it, missing nothing."""
     source, program = tmp_path / "calls.c", tmp_path / "calls"
     source.write_text(
         "#include <stdio.h>\n"
-        '__attribute__((noinline)) int ggml_graph_compute(int *p) { __asm__ volatile("" ::: "memory"); return *p; }\n'
+        f"{function}\n"
         "int main(void) { int one = 1, sum = 0; getchar();\n"
         "  for (int i = 0; i < 997; i++) sum += ggml_graph_compute(&one);\n"
         '  printf("%d\\n", sum); fflush(stdout); getchar(); return 0; }\n'
@@ -317,6 +329,8 @@ def test_uprobes_on_functions_with_a_landing_pad_are_cheap_and_exact(tmp_path: P
     subprocess.run(["cc", "-O1", "-fcf-protection=full", "-o", program, source], check=True)
     offset = elf.functions(str(program), b"ggml_graph")["ggml_graph_compute"]
     assert program.read_bytes()[offset : offset + 4] == b"\xf3\x0f\x1e\xfa"
+    if function == REALIGNED:
+        assert kernel.emulated(str(program), offset)
     tracer = Tracer()
     with subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin
