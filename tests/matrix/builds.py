@@ -49,7 +49,6 @@ class Build:
         libraries: which, without their endings.
         stripped: a copy of another build, of that name, without its symbol tables.
         python: the prebuilt libraries, in a Python process.
-        without: programs of the hooks that cannot be had, for which there is another.
         blind: llmtraced finds no function of it: no clock, so no tokens, operators and experts.
     """
 
@@ -61,7 +60,6 @@ class Build:
     libraries: tuple[str, ...] = ("libggml-cpu",)
     stripped: str = ""
     python: bool = False
-    without: frozenset[str] = frozenset()
     blind: bool = False
 
     def get(self) -> Path:
@@ -152,7 +150,6 @@ BUILDS: Final = (
         "11434",
         ("-DGGML_LTO=ON", *(f"-DCMAKE_{c}_FLAGS=-fno-semantic-interposition" for c in ("C", "CXX"))),
         instead="server-11434",
-        without=frozenset({"uprobe ggml_compute_forward_mul_mat and methods"}),
     ),
     Build("server-11434-stripped", "11434", stripped="server-11434"),
     Build("server-11434-static-stripped", "11434", stripped="server-11434-static", blind=True),
