@@ -166,8 +166,6 @@ INLINE void begin_op(struct slot *slot, struct op *op, u64 dst, u64 now) {
         at_op > LT_TENSOR_BYTES - 4 || at_rows > LT_TENSOR_BYTES - 8)
         return;
     kind = *(u32 *)(tensor + at_op);
-    if (slot->detail < DETAIL_FULL && kind != slot->op_mul_mat && (!slot->op_mul_mat_id || kind != slot->op_mul_mat_id))
-        return;
     struct event *event = &op->records[op->done & (LT_OPS - 1)].event;
     event->a = *(u64 *)(tensor + at_src);
     event->b = *(u64 *)(tensor + at_src + 8);

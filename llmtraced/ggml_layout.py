@@ -143,10 +143,7 @@ class Graph:
     @property
     def model(self) -> str | None:
         """The model that it evaluates: most of the weights are of it, adapters aside. None: that is not clear."""
-        counted = Counter(
-            label for address, label in self.models.items() if not _ADAPTER.search(self.weights[address][0])
-        )
-        return counted.most_common(1)[0][0] if counted else None
+        return _most(self.models, self.weights)
 
     def sequence(self, ops: Sequence[int]) -> list[str]:
         """Return the weights of nodes whose operator is in ``ops``, in order: the per-token access sequence."""
@@ -393,11 +390,16 @@ def _models_of(
     left = fitting.keys() - models.keys()
     if not left:
         return models
-    counted = Counter(label for s, label in models.items() if not _ADAPTER.search(found[s][0]))
-    label = counted.most_common(1)[0][0] if counted else _by_bytes(read, found, {s: fitting[s] for s in left})
+    label = _most(models, found) or _by_bytes(read, found, {s: fitting[s] for s in left})
     if label is None:
         return models
     return models | {s: label for s in left if any(w.model == label for w in fitting[s])}
+
+
+def _most(models: Mapping[int, str], weights: Mapping[int, tuple[str, int]]) -> str | None:
+    """Return the model that most of the weights are of, adapters aside; None: there are no others."""
+    counted = Counter(label for address, label in models.items() if not _ADAPTER.search(weights[address][0]))
+    return counted.most_common(1)[0][0] if counted else None
 
 
 def _by_bytes(
