@@ -100,11 +100,11 @@ def applied(model: Model) -> dict[str, list[Applied]]:
     """Return by weight, whose multiplication shows an input, the routers that are to be applied to it.
 
     Raises:
-        LlmtracedError: the file cannot be read.
+        LlmtracedError: the file cannot be read, or its experts do not fit into their groups.
     """
     by_name = {tensor.name: tensor for tensor in model.tensors}
     experts = {t.layer: t.n_experts for t in model.tensors if t.n_experts and t.layer >= 0}
-    sigmoid, grouped = by_sigmoid(model), groups(model)
+    sigmoid = by_sigmoid(model)
 
     def values(tensor: Tensor | None) -> Floats | None:
         return None if tensor is None else _read(model, tensor)
@@ -116,7 +116,7 @@ def applied(model: Model) -> dict[str, list[Applied]]:
         if router is None or router.type != "F32" or router.shape[1:] != (n_experts,):
             continue
         parts = parameters(by_name, layer, n_experts, router.shape[0])
-        bias, correction = values(parts["bias"]), values(parts["correction"])
+        bias, correction, grouped = values(parts["bias"]), values(parts["correction"]), groups(model, n_experts)
         routers[layer] = Applied(layer, SOURCES[0], 0, _read(model, router), bias, correction, sigmoid, grouped)
         norms[layer] = values(parts["norm"]), values(parts["attention_norm"])
     found: dict[str, list[Applied]] = {}

@@ -25,12 +25,18 @@ def by_sigmoid(model: Model) -> bool:
     return bool(model.metadata.get(f"{model.architecture}.expert_gating_func") == _SIGMOID)
 
 
-def groups(model: Model) -> tuple[int, int]:
-    """Return in how many groups a layer's experts are, and from how many of them a token's are chosen; (1, 1): all."""
+def groups(model: Model, n_experts: int) -> tuple[int, int]:
+    """Return in how many groups a layer's experts are, and from how many of them a token's are chosen; (1, 1): all.
+
+    Raises:
+        LlmtracedError: so many experts are not in so many equal groups.
+    """
     count, used = (model.metadata.get(f"{model.architecture}.expert_group_{what}") for what in ("count", "used_count"))
-    if isinstance(count, int) and isinstance(used, int) and 0 < used < count:
-        return count, used
-    return 1, 1
+    if not isinstance(count, int) or not isinstance(used, int) or not 0 < used < count:
+        return 1, 1
+    if n_experts % count:
+        raise LlmtracedError(f"its {n_experts} experts cannot be in {count} equal groups", UNSUPPORTED)
+    return count, used
 
 
 def parameters(by_name: Mapping[str, Tensor], layer: int, n_experts: int, width: int) -> dict[str, Tensor | None]:
@@ -92,9 +98,9 @@ def mixture(model: Model, graph: Graph, layout: Layout, marks: Mapping[str, int]
     if len(experts) != 1 or not isinstance(used, int) or not 0 < used <= max(experts):
         raise LlmtracedError("its layers have different numbers of experts, or it does not say how many", UNSUPPORTED)
     n_experts = experts.pop()
-    grouped = groups(model)
-    if n_experts % grouped[0] or n_experts // grouped[0] * grouped[1] < used:
-        raise LlmtracedError(f"its {n_experts} experts cannot be in {grouped[0]} equal groups", UNSUPPORTED)
+    grouped = groups(model, n_experts)
+    if n_experts // grouped[0] * grouped[1] < used:
+        raise LlmtracedError(f"{used} experts cannot be chosen from {grouped[1]} of {grouped[0]} groups", UNSUPPORTED)
     routers = {layer: by_name.get(f"blk.{layer}.ffn_gate_inp.weight") for layer in layers}
     widths = {t.shape[0] for t in routers.values() if t is not None and _plain(t) and t.shape[1:] == (n_experts,)}
     width = widths.pop() if len(widths) == 1 else 0

@@ -106,6 +106,14 @@ def test_experts_of_groups_that_are_not_the_best_are_out_of_the_question() -> No
     assert one[0, 4:] == pytest.approx(2 / 17 + 1)
 
 
+def test_experts_that_do_not_fit_into_their_groups_are_refused(tmp_path: Path) -> None:
+    _, model = written(tmp_path, "llama")
+    count = next(t.n_experts for t in model.tensors if t.n_experts) - 1
+    odd = {f"{model.architecture}.expert_group_count": count, f"{model.architecture}.expert_group_used_count": 1}
+    with pytest.raises(LlmtracedError, match=f"cannot be in {count} equal groups"):
+        applied(replace(model, metadata={**model.metadata, **odd}))
+
+
 def test_a_dense_model_has_no_routers(tmp_path: Path) -> None:
     assert applied(read_model(models.write(tmp_path / "d.gguf", models.TINY_DENSE))) == {}
 
