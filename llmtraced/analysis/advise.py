@@ -360,7 +360,10 @@ def _idle(it: Facts) -> Finding:
         title += f"; a token after a pause reads {size(late[1])}, others {size(others[1])}"
     command = f"sudo systemctl set-property SERVICE MemoryLow={-(-it.file_bytes // (1 << 20))}M   # spare it"
     if "kdamond" in by:
-        command += "\necho N | sudo tee /sys/module/damon_reclaim/parameters/enabled   # DAMON's reclaim off"
+        command += (
+            "\necho N | sudo tee /sys/module/damon_reclaim/parameters/enabled   # DAMON's own reclaim off"
+            "\necho off | sudo tee /sys/kernel/mm/damon/admin/kdamonds/*/state   # a scheme that somebody set up, off"
+        )
     return finding("idle", "act" if late else "note", title, why, command, evidence=evidence)
 
 

@@ -292,7 +292,8 @@ def test_each_mode_is_traced_or_said_not_to_be(
     assert backed == {ALL: {True}, SOME: {True, False}, NOTHING: {False}}[mode.backed]
     if mode.backed == NOTHING:
         assert run.table("faults").is_empty()
-    assert run.table("pagecache").filter(pl.col("action") == "evict").is_empty()
+    evicted = run.table("pagecache").filter(pl.col("action") == "evict")
+    assert set(evicted["comm"].str.slice(0, 7)) <= {"kdamond"}  # DAMON reclaims cached pages that nobody maps
 
     # Every operator has its weight, of the right file; the address says so, too.
     tokens, ops = run.judged("tokens"), run.judged("ops").sort("timestamp")
