@@ -25,8 +25,8 @@ MB = 1_000_000
 SERVER = """[Unit]
 Description=a server
 [Service]
-ExecStart=/opt/engine/llama-server -m /srv/models/model.gguf --host 127.0.0.1 --port 8080 -t 1 -c 256 --no-repack -np 1
-Environment=LLAMA_ARG_CACHE_RAM=0 LLAMA_ARG_CTX_CHECKPOINTS=0
+ExecStart=/opt/engine/llama-server -m /srv/models/${MODEL} --host 127.0.0.1 --port 8080 -t 1 -c 256 --no-repack -np 1
+Environment=MODEL=model.gguf LLAMA_ARG_CACHE_RAM=0 LLAMA_ARG_CTX_CHECKPOINTS=0
 User=engine
 MemoryMax=225M
 """
@@ -40,6 +40,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory, llama_server: Path) -> Ite
     folder = tmp_path_factory.mktemp("systemd")
     (folder / "models").mkdir()
     models.write(folder / "models/model.gguf", models.dense_preset(300 * MB))
+    models.write(folder / "models/mixture.gguf", models.moe_preset(300 * MB))
     with Machine(folder, llama_server.parent, folder / "models") as booted:
         booted.write("/etc/sysusers.d/engine.conf", USERS)
         booted.run("systemd-sysusers")
@@ -73,19 +74,20 @@ def traced(machine: Machine, pid: str) -> bool:
     return scrape(machine).get("llmtraced_mapped_bytes", {}).get(pid, 0) > 0
 
 
-def ask(machine: Machine, tokens: int) -> list[int]:
-    """Have the server generate, and return the tokens."""
+def ask(machine: Machine, tokens: int, seed: int | None = None) -> list[int]:
+    """Have the server generate, and return the tokens: the likeliest, or with a seed others."""
     prompt = [random.Random(7).randrange(10, 200) for _ in range(8)]
-    body = {"prompt": prompt, "n_predict": tokens, "ignore_eos": True, "temperature": 0, "return_tokens": True}
+    body = {"prompt": prompt, "n_predict": tokens, "ignore_eos": True, "return_tokens": True}
+    body |= {"temperature": 0} if seed is None else {"temperature": 1, "seed": seed}
     found: list[int] = json.loads(machine.http("http://127.0.0.1:8080/completion", body))["tokens"]
     assert len(found) == tokens
     return found
 
 
-def start_server(machine: Machine) -> str:
+def start_server(machine: Machine, model: str = "model.gguf") -> str:
     """(Re)start it, wait until it answers, and return its process."""
     machine.run("systemctl", "stop", "llama-server")
-    drop_cache(machine.path("/srv/models/model.gguf"))  # what others brought in is not charged to it
+    drop_cache(machine.path(f"/srv/models/{model}"))  # what others brought in is not charged to it
     machine.run("systemctl", "start", "llama-server")
     wait_until(lambda: machine.run("systemctl", "is-active", "llama-server", check=False) == "active", 20, "it runs")
 
@@ -95,6 +97,13 @@ def start_server(machine: Machine) -> str:
 
     wait_until(healthy, 60, "the server answers")
     return machine.show("llama-server", "MainPID")[0]
+
+
+def writable_code(machine: Machine, pid: str) -> list[str]:
+    """Return the mappings of a process that can be written and executed."""
+    lines = machine.path(f"/proc/{pid}/maps").read_text().splitlines()
+    assert lines
+    return [line for line in lines if "wx" in line.split()[1]]
 
 
 def capabilities_of(machine: Machine, pid: str) -> set[str]:
@@ -113,6 +122,9 @@ def test_the_daemon_from_start_to_stop(machine: Machine) -> None:
     assert capabilities_of(machine, daemon) == {
         *("CAP_PERFMON", "CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH", "CAP_CHECKPOINT_RESTORE"),
     }, "CAP_BPF is given up once everything is loaded, by every thread"
+
+    assert machine.show("llmtraced", "MemoryDenyWriteExecute") == ["yes"]  # for the child that compiled, too
+    assert writable_code(machine, daemon) == []
 
     first = start_server(machine)
     wait_until(lambda: traced(machine, first), 20, "the server is found")
@@ -180,18 +192,19 @@ def test_a_wrong_configuration_is_said_once(machine: Machine) -> None:
 UNIT = "llmtraced-prefetch@llama-server"
 
 
+def engaged(machine: Machine) -> bool:
+    """Have the server do something, and tell whether its prefetcher works."""
+    ask(machine, 1)
+    return "engaged" in machine.show(UNIT, "StatusText")[0]
+
+
 def test_the_prefetcher_comes_and_goes_with_its_server(machine: Machine) -> None:
     machine.run("systemctl", "enable", UNIT)
     server = start_server(machine)
     assert machine.show(UNIT, "ActiveState", "SubState") == ["activating", "start-pre"], "it waits for a token"
     plain = ask(machine, 6)
-
-    def engaged() -> bool:
-        ask(machine, 1)
-        return "engaged" in machine.show(UNIT, "StatusText")[0]
-
     wait_until(lambda: ask(machine, 1) and machine.show(UNIT, "ActiveState")[0] == "active", 60, "it is active")
-    wait_until(engaged, 60, "it works")
+    wait_until(lambda: engaged(machine), 60, "it works")
     assert ask(machine, 6) == plain
     sidecar = machine.show(UNIT, "MainPID")[0]
     status = machine.path(f"/proc/{sidecar}/status").read_text()
@@ -210,6 +223,43 @@ def test_the_prefetcher_comes_and_goes_with_its_server(machine: Machine) -> None
     assert machine.journal(UNIT).count("Deactivated successfully") == 2  # with the first server, and now
     assert machine.show("llama-server", "MainPID", "ActiveState") == [again, "active"]
     assert ask(machine, 6) == plain
+
+
+def test_the_prefetcher_works_out_routers_where_no_code_may_be_made(machine: Machine) -> None:
+    """Its code comes in a file that is mapped to be read and executed, which MemoryDenyWriteExecute= allows."""
+    settings = {
+        "llama-server.service": "MODEL=mixture.gguf",
+        "llmtraced-prefetch@.service": '"OPTIONS=--strategy moe --trial 0"',
+    }
+    paths = {unit: f"/etc/systemd/system/{unit}.d/mixture.conf" for unit in settings}
+    try:
+        for unit, value in settings.items():
+            machine.write(paths[unit], f"[Service]\nEnvironment={value}\n")
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "enable", UNIT)
+        start_server(machine, "mixture.gguf")
+        expected = ask(machine, 6, seed=7)
+        wait_until(lambda: ask(machine, 1) and machine.show(UNIT, "ActiveState")[0] == "active", 60, "it is active")
+        wait_until(lambda: engaged(machine), 60, "it works")
+        seeds = iter(range(1000))  # other tokens use other experts, which are not in memory
+
+        def used() -> bool:
+            ask(machine, 6, next(seeds))
+            return metric(machine, "expert_used_bytes_total") > 0
+
+        wait_until(used, 60, "it has fetched experts that were then used")
+        assert ask(machine, 6, seed=7) == expected
+        assert machine.show(UNIT, "MemoryDenyWriteExecute", "NRestarts") == ["yes", "0"]
+        sidecar = machine.show(UNIT, "MainPID")[0]
+        maps = machine.path(f"/proc/{sidecar}/maps").read_text().splitlines()
+        assert [line.split()[1] for line in maps if "memfd:llmtraced-router" in line] == ["r-xp"]
+        assert writable_code(machine, sidecar) == []
+    finally:
+        print(machine.run("cat", "/run/llmtraced-prefetch-llama-server/metrics.prom", check=False))
+        machine.run("systemctl", "stop", UNIT, "llama-server")
+        for path in paths.values():
+            machine.path(path).unlink()
+        machine.run("systemctl", "daemon-reload")
 
 
 def memory_cgroup(machine: Machine, pid: str) -> str:
