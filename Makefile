@@ -163,6 +163,7 @@ uninstall: ## what make install put there; /etc/llmtraced.toml, traces and the u
 bench: venv ## measure this tool on this machine
 	$(AS_ROOT) $(BIN)/llmtraced bench events
 	$(AS_ROOT) $(BIN)/llmtraced bench overhead
+	$(AS_ROOT) $(BIN)/llmtraced bench scrape
 
 clean: ## remove what was built here (not the cache in ~/.cache/llmtraced)
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

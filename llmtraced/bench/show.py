@@ -9,7 +9,16 @@ from llmtraced.errors import printable
 from llmtraced.reporters.plots import canvas, drawn
 from llmtraced.reporters.text import Column, Style, size, table
 
-__all__ = ["machine_lines", "plot_events", "plot_overhead", "render_events", "render_overhead", "target_lines"]
+__all__ = [
+    "machine_lines",
+    "plot_events",
+    "plot_overhead",
+    "plot_scrape",
+    "render_events",
+    "render_overhead",
+    "render_scrape",
+    "target_lines",
+]
 
 _WAYS: Final = {
     "ring": "ring, read in batches",
@@ -89,6 +98,38 @@ def render_overhead(report: Mapping[str, Any], style: Style) -> str:
     return "\n".join([*lines, "", *target_lines(report["targets"], style), ""])
 
 
+def render_scrape(report: Mapping[str, Any], style: Style) -> str:
+    """Return the scrape report as text: a line a number of tensors and load."""
+    settings = report["settings"]
+    columns = [
+        Column("tensors", lambda row: f"{row['tensors']:,}"),
+        Column("load", lambda row: row["load"], name=True),
+        Column("ms", lambda row: _ms(row["seconds"]["median"])),
+        Column("range", lambda row: f"{_ms(row['seconds']['min'])} to {_ms(row['seconds']['max'])}"),
+        Column("making series", lambda row: _ms(row["made_seconds"]["median"]), spare=True),
+        Column("daemon CPU ms", lambda row: _ms(row["cpu_seconds"]["median"])),
+        Column("series", lambda row: f"{row['series']:,}"),
+        Column("bytes", lambda row: f"{row['bytes']['median']:,.0f}"),
+        Column(
+            "faults/s",
+            lambda row: f"{row['faults_per_s']['median']:,.0f}" if "faults_per_s" in row else "0",
+            spare=True,
+        ),
+    ]
+    return "\n".join(
+        [
+            *machine_lines(report),
+            f"median of {settings['rounds']} scrapes, in turns; for each number of tensors a process with a model of "
+            f"{size(settings['model_bytes'])}, and a daemon",
+            "",
+            *table(list(report["scrapes"].values()), columns, style),
+            "",
+            *target_lines(report["targets"], style),
+            "",
+        ]
+    )
+
+
 def plot_events(report: Mapping[str, Any], picture: str) -> bytes:
     """Draw the rates (logarithmic) with every round, and the bytes a fault takes."""
     figure = canvas(height=3.6)
@@ -124,6 +165,26 @@ def plot_overhead(report: Mapping[str, Any], picture: str) -> bytes:
         axes.set_title(f"memory pressure {condition['pressure']}", loc="left", fontsize=10)
         axes.set_ylabel("tokens/s with tracing : without")
     return drawn(figure, picture)
+
+
+def plot_scrape(report: Mapping[str, Any], picture: str) -> bytes:
+    """Draw how long each scrape took, by number of tensors and load."""
+    scrapes = report["scrapes"]
+    figure = canvas(height=1.4 + 0.45 * len(scrapes))
+    axes = figure.subplots()
+    for i, found in enumerate(scrapes.values()):
+        values = [value * 1e3 for value in found["seconds"]["values"]]
+        axes.barh(i, found["seconds"]["median"] * 1e3, color=_COLOURS[0])
+        axes.plot(values, [i] * len(values), "|", color="black")
+    axes.set_xlim(left=0)
+    axes.set_yticks(range(len(scrapes)), [f"{one['tensors']:,} tensors, {one['load']}" for one in scrapes.values()])
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds of a scrape, median and all")
+    return drawn(figure, picture)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}"
 
 
 def _millions(name: str) -> Column:

@@ -8,7 +8,9 @@ and starts at once.
 
 It speaks JSON, a line at a time. It prints ``{"state": "ready", …}``, waits for a line on stdin, works, prints
 ``{"state": "done", …}`` with what the kernel counted meanwhile, waits for another line (so that it can be inspected
-alive), and ends. :class:`Touch` does that for a Python caller.
+alive), and ends. If that line is ``again``, it unmaps everything and touches the same offsets, on and on, until a line
+comes: ``rest`` for a pause, anything else for the end (not with ``--pread``). :class:`Touch` does that for a Python
+caller.
 
 Everything is allocated before the measured part, and its own code is locked in memory where that is allowed:
 measured, ``majflt`` is exact, and ``minflt`` has 0 faults of the interpreter's own in it (0 or 1 with threads).
@@ -25,6 +27,7 @@ import mmap
 import os
 import random
 import resource
+import select
 import sys
 import threading
 import time
@@ -240,12 +243,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             merged[number :: args.threads] = lap
         done["latency_ns"] = merged
     print(json.dumps(done), flush=True)
-    sys.stdin.readline()
+    while (line := sys.stdin.readline().strip()) in ("again", "rest"):
+        while line == "again" and not select.select([sys.stdin], [], [], 0)[0]:
+            data.madvise(mmap.MADV_DONTNEED)
+            _touch(data, inside, ())
     return 0
 
 
 class Touch:
     """Run this program as a child and step it: enter (waits for ready), :meth:`go`, leave.
+
+    Between the last two, :meth:`again` and :meth:`rest` have it fault on and on, and pause.
 
     Args:
         model: the file to map.
@@ -286,6 +294,14 @@ class Touch:
         """Let it work; return its second line (counts, ``start_ns`` and ``end_ns`` of CLOCK_MONOTONIC)."""
         self._say("go")
         return self._hear()
+
+    def again(self) -> None:
+        """Have it unmap and touch everything again and again; returns at once."""
+        self._say("again")
+
+    def rest(self) -> None:
+        """Have it pause, soon."""
+        self._say("rest")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None:

@@ -2,6 +2,7 @@
 
   events     events a second: the ring read in batches and through BCC, resolved, written to Parquet; bytes a fault
   overhead   tokens a second of a real llama-server with tracing and without it, in interleaved pairs
+  scrape     milliseconds and processor time of a scrape of the daemon's metrics, at rest and while faults come in
   query      seconds and memory of each report on a made-up trace of 100 million rows
   prefetch   tokens a second of a server whose model does not fit, with the sidecar and with what else one could do
 
@@ -80,6 +81,19 @@ def _overhead(args: argparse.Namespace) -> dict[str, Any]:
         threads=args.threads,
         model=args.model,
     )
+
+
+def _scrape_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tensors", metavar="LIST", type=_counts, default=(2000, 100), help="of the models (default 2000,100)"
+    )
+    parser.add_argument("--rounds", metavar="N", type=_count, default=30, help="scrapes of each (default 30)")
+
+
+def _scrape(args: argparse.Namespace) -> dict[str, Any]:
+    from llmtraced.bench import scrape
+
+    return scrape.run(tensors=args.tensors, rounds=args.rounds)
 
 
 def _query_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,6 +197,7 @@ class Benchmark:
 BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "events": Benchmark("events a second, bytes a fault", _events_arguments, _events),
     "overhead": Benchmark("tokens a second with tracing and without", _overhead_arguments, _overhead),
+    "scrape": Benchmark("milliseconds of a scrape of /metrics", _scrape_arguments, _scrape),
     "query": Benchmark("seconds and memory of each report", _query_arguments, _query, "show_query", root=False),
     "prefetch": Benchmark("tokens a second with the sidecar", _prefetch_arguments, _prefetch, "show_prefetch"),
 }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 
 import pytest
 
-from llmtraced.bench import events, overhead, show
+from llmtraced.bench import events, overhead, scrape, show
 from llmtraced.bench.figures import machine, spread
 from llmtraced.bench.switch import cpu_seconds
 from llmtraced.commands import bench
@@ -140,10 +141,35 @@ def test_overhead_as_text(overhead_report):
     assert "\x1b" not in text
 
 
+@pytest.fixture
+def scrape_report():
+    one = {"made_seconds": spread([0.005]), "cpu_seconds": spread([0.008]), "bytes": spread([1_612_345], digits=9)}
+    one |= {"tensors": 2000, "series": 12_060}
+    scrapes = {
+        "2000 idle": {**one, "load": "idle", "seconds": spread([0.011, 0.013])},
+        "2000 flood": {**one, "load": "flood", "seconds": spread([0.2]), "faults_per_s": spread([170_000])},
+    }
+    settings = {"tensors": [2000], "rounds": 2, "model_bytes": scrape.MODEL_BYTES}
+    return {"scrapes": scrapes, "targets": scrape.targets(scrapes), "machine": machine(), "settings": settings}
+
+
+def test_targets_of_scrape():
+    scrapes = {str(s): {"seconds": spread([s])} for s in (0.1, 0.101)}
+    assert scrape.targets(scrapes) == {"seconds": {"limit": "<= 0.1", "met": {"0.1": True, "0.101": False}}}
+
+
+def test_scrape_as_text(scrape_report):
+    text = show.render_scrape(scrape_report, Style())
+    assert re.search(r"2,000 +idle +12.0 +11.0 to 13.0 +5.0 +8.0 +12,060 +1,612,345 +0$", text, re.MULTILINE)
+    assert re.search(r"2,000 +flood +200.0 .* 170,000$", text, re.MULTILINE)
+    assert "target seconds <= 0.1: missed (2000 flood)" in text
+
+
 @pytest.mark.parametrize("picture", ["png", "svg"])
-def test_pictures(events_report, overhead_report, picture):
+def test_pictures(events_report, overhead_report, scrape_report, picture):
     pytest.importorskip("matplotlib")
     begin = b"\x89PNG" if picture == "png" else b"<?xml"
+    assert show.plot_scrape(scrape_report, picture).startswith(begin)
     assert show.plot_events(events_report, picture).startswith(begin)
     assert show.plot_overhead(overhead_report, picture).startswith(begin)
 
@@ -159,7 +185,14 @@ def test_arguments():
     assert (args.benchmark, args.pairs, args.detail, args.json) == ("overhead", 12, "faults,ops", True)
     assert parse("overhead").pressure == "none,70%"
     assert parse("events", "--ring", "1M").ring == 1 << 20
-    for words in (["events", "--rounds", "0"], ["overhead", "--pairs", "x"], ["nothing"], []):
+    assert parse("scrape", "--tensors", "2000,7").tensors == (2000, 7)
+    for words in (
+        ["events", "--rounds", "0"],
+        ["scrape", "--tensors", "7,x"],
+        ["overhead", "--pairs", "x"],
+        ["nothing"],
+        [],
+    ):
         with pytest.raises(SystemExit):
             parse(*words)
 

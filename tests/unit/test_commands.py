@@ -82,7 +82,7 @@ def test_flags_are_kebab_case_and_reports_speak_json() -> None:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         assert [f for f in flags if not re.fullmatch(r"-[a-z]|--[a-z]+(-[a-z]+)*", f)] == []
     by_name = {p.prog.removeprefix("llmtraced "): p for p in parsers(build_parser())}
-    for name in ("check", "record", "report", "bench events", "bench overhead", "bench query"):
+    for name in ("check", "record", "report", "bench events", "bench overhead", "bench scrape", "bench query"):
         assert "--json" in by_name[name].format_help()
 
 
@@ -198,6 +198,7 @@ def test_record_checks_the_ring_first(tmp_path: Path, capsys: Capture) -> None:
         ["daemon", "--trace", "", "--listen", ""],
         ["bench", "events"],
         ["bench", "overhead", "--json"],
+        ["bench", "scrape"],
     ],
 )
 def test_without_root(

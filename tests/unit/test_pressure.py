@@ -7,9 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from helpers import wait_until
 
 from llmtraced.bench import engine, fetch, oldlibc, pressure, touch
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
@@ -208,6 +210,24 @@ def test_touch_speaks_its_protocol(tmp_path):
     assert (done["state"], done["touched"], done["majflt"]) == ("done", 3, 0)
     assert len(done["latency_ns"]) == 3
     assert all(ns > 0 for ns in done["latency_ns"])
+
+
+def test_touch_faults_on_and_on_until_it_rests(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(bytes(1 << 20))
+
+    def faults():
+        return int(Path(f"/proc/{program.ready['pid']}/stat").read_text().rpartition(")")[2].split()[7])
+
+    with touch.Touch(path, [0, 1 << 19]) as program:
+        program.go()
+        for _ in range(2):
+            before = faults()
+            program.again()
+            wait_until(lambda before=before: faults() > before + 500, 10, "it faults")
+            program.rest()
+            wait_until(lambda: faults() == (time.sleep(0.05), faults())[1], 10, "it rests")
+    assert program._child.returncode == 0
 
 
 def test_touch_refuses_offsets_outside(tmp_path):

@@ -94,6 +94,7 @@ def test_the_manual_has_every_command_and_option() -> None:
         (["daemon", "--detail", "o"], ["ops"]),
         (["-v", "prefetch", "--strategy", "p"], ["pin", "pattern"]),
         (["bench", "ev"], ["events"]),
+        (["bench", "scrape", "--te"], ["--tensors"]),
         (["bench", "prefetch", "--rou"], ["--rounds"]),
     ],
 )
