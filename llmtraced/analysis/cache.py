@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from llmtraced.analysis.columns import Bools, Ints, ahead, grown
+from llmtraced.analysis.columns import Bools, Ints, Numbers, ahead, grown
 from llmtraced.analysis.compiled import compiled
 from llmtraced.analysis.moved import Moved
 from llmtraced.analysis.pages import CLOCK, Pages, Rows, Steps
@@ -209,7 +209,7 @@ class _Tally:
 @compiled
 def _move(
     mark: Ints,
-    tensor: Ints,
+    tensor: Numbers,
     begin: Ints,
     end: Ints,
     first: int,
@@ -246,7 +246,7 @@ def _sort_out(
     begin: Ints,
     end: Ints,
     mark: Ints,
-    tensor: Ints,
+    tensor: Numbers,
     first: int,
     last: int,
     width: int,
@@ -293,7 +293,7 @@ def _decide(
     begin: Ints,
     end: Ints,
     mark: Ints,
-    tensor: Ints,
+    tensor: Numbers,
     used: Bools,
     may: Bools,
     mapped: Bools,

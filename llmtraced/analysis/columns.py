@@ -26,12 +26,13 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 Numbers = np.ndarray[Any, np.dtype[np.int32]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 Batch = dict[str, np.ndarray[Any, Any]]
-"""Columns by name, all of the same length, of the table's types; words are int64 numbers (:class:`Words`), truth is
+"""Columns by name, all of the same length, of the table's types; words are int32 numbers (:class:`Words`), truth is
 int8."""
 
-_ROWS: Final = 1 << 16
+_ROWS: Final = 1 << 17
 """Rows of a batch, about, as long as there are so many: files may be small."""
-_THREADS: Final = 2
+_COMING: Final = 4
+"""Batches of a table that are read ahead."""
 _Made = TypeVar("_Made")
 _Array = TypeVar("_Array", bound=np.ndarray[Any, Any])
 
@@ -48,18 +49,18 @@ class Words:
         self._number: dict[str | None, int] = {word: number for number, word in enumerate(known)}
         self._lock = Lock()
         self._known: pa.Array | None = None  # the list
-        self._last: tuple[pa.Array, Ints] | None = None
+        self._last: tuple[pa.Array, Numbers] | None = None
 
-    def numbers(self, column: pa.DictionaryArray) -> Ints:
+    def numbers(self, column: pa.DictionaryArray) -> Numbers:
         """Return the numbers of a dictionary column's words, which may be new ones."""
         words, codes, last = column.dictionary, column.indices, self._last
         if last is None or not last[0].equals(words):
             last = self._last = words, self._found(words)
         places = codes.fill_null(-1) if codes.null_count else codes
-        numbers: Ints = last[1][places.to_numpy()]
+        numbers: Numbers = last[1][places.to_numpy()]
         return numbers
 
-    def _found(self, words: pa.Array) -> Ints:
+    def _found(self, words: pa.Array) -> Numbers:
         """Return the numbers of the words, and then that of null, where -1 points to."""
         at = pc.index_in(words, self._known) if self._known is not None else None
         if at is None or at.null_count:  # new ones
@@ -69,19 +70,20 @@ class Words:
                         self.list.append(word)
                 self._known = pa.array(self.list, words.type)
                 at = pc.index_in(words, self._known)
-        return np.append(at.to_numpy(), self._number[None]).astype(np.int64)
+        return np.append(at.to_numpy(), self._number[None]).astype(np.int32)
 
 
 def batches(
-    trace: Trace, table: str, columns: Mapping[str, Words | int], make: Callable[[Batch], _Made]
+    trace: Trace, table: str, columns: Mapping[str, Words | int], make: Callable[[Batch], _Made], threads: int = 1
 ) -> Iterator[_Made]:
-    """Read a table and yield what ``make`` makes of each batch, in order; it runs in other threads, on two at a time.
+    """Read a table and yield what ``make`` makes of each batch, in order; it runs in other threads.
 
     Args:
         trace: an open trace.
         table: its name.
         columns: with :class:`Words` for those that are words, and for all others what stands for null.
         make: what to do with a batch.
+        threads: that read and make; one is enough where other tables are read beside.
 
     Raises:
         LlmtracedError: a file's data (not its footer) is damaged.
@@ -91,12 +93,12 @@ def batches(
         with damaged():
             return make(_read(some, columns))
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         coming: deque[Future[_Made]] = deque()
         try:
             for some in _planned(trace.files[table]):
                 coming.append(pool.submit(load, some))
-                if len(coming) > _THREADS:
+                if len(coming) > _COMING:
                     yield coming.popleft().result()
             while coming:
                 yield coming.popleft().result()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from llmtraced.analysis.columns import Ints, grown
+from llmtraced.analysis.columns import Ints, Numbers, grown
 from llmtraced.analysis.compiled import compiled
 from llmtraced.analysis.pages import Pages, Rows
 
@@ -60,7 +60,7 @@ class Moved:
 
 
 @compiled
-def _add(mark: Ints, token: Ints, who: Ints, begin: Ints, end: Ints, sums: Ints, added: Ints) -> None:
+def _add(mark: Ints, token: Numbers, who: Ints, begin: Ints, end: Ints, sums: Ints, added: Ints) -> None:
     for i in range(mark.size):
         what, nbytes = mark[i], end[i] - begin[i]
         if not what & 16:

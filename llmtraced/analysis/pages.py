@@ -90,9 +90,9 @@ class Rows:
     """
 
     mark: Ints
-    token: Ints
-    tensor: Ints
-    expert: Ints
+    token: Numbers
+    tensor: Numbers
+    expert: Numbers
     begin: Ints
     end: Ints
     who: Ints
@@ -107,7 +107,7 @@ class Rows:
 
     def in_room_for(self, count: int) -> Rows:
         """Return arrays of that length, which begin with these rows; the others are not set."""
-        room = Rows(*(np.empty(count, np.int64) for _ in fields(self)))
+        room = Rows(*(np.empty(count, getattr(self, field.name).dtype) for field in fields(self)))
         room.put(0, self)
         return room
 
@@ -142,17 +142,17 @@ class Steps:
         return Marks(self.rows.mark[self.before])
 
     @property
-    def tensor(self) -> Ints:
+    def tensor(self) -> Numbers:
         """The number in :attr:`Pages.tensors`."""
         return self.rows.tensor[self.row]
 
     @property
-    def expert(self) -> Ints:
+    def expert(self) -> Numbers:
         """The number of the expert; negative: none."""
         return self.rows.expert[self.row]
 
     @property
-    def tokens(self) -> Ints:
+    def tokens(self) -> Numbers:
         """How many graphs later this is than what was before."""
         return self.rows.token[self.row] - self.rows.token[self.before]
 
@@ -181,7 +181,7 @@ class Steps:
 
 @compiled
 def _returned(
-    row: Ints, before: Ints, begin: Ints, end: Ints, mark: Ints, token: Ints, tensor: Ints
+    row: Ints, before: Ints, begin: Ints, end: Ints, mark: Ints, token: Numbers, tensor: Numbers
 ) -> tuple[Ints, Ints, Ints, Ints]:
     found = np.empty((4, row.size), np.int64)
     count = 0
@@ -249,16 +249,16 @@ class Pages:
         self._file: dict[tuple[int, int], int] = {}  # first page, of model and shard
         self._shifts = self._mapped()
         self._owners: list[tuple[int, int]] = []  # of each tensor
-        self._number = np.zeros((0, 0), np.int64)  # of each model and name: tensor + 1
+        self._number = np.zeros((0, 0), np.int32)  # of each model and name: tensor + 1
         self._moved: Bools = np.zeros(0, bool)  # of each tensor: it has rows of the page cache
         numbers = ({word: number for number, word in enumerate(words.list)} for words in (self.models, self.names))
         model, name = (
-            np.array([number[word] for word in words], np.int64) for number, words in zip(numbers, known, strict=True)
+            np.array([number[word] for word in words], np.int32) for number, words in zip(numbers, known, strict=True)
         )
         self.tensor_of(model, name)
         self._last = Walk()
-        none = np.zeros(1, np.int64)
-        self._rows, self._known = Rows(none - 1, none, none, none - 1, none, none, none), 1
+        none, number = np.zeros(1, np.int64), np.zeros(1, np.int32)
+        self._rows, self._known = Rows(none - 1, number, number, number - 1, none, none, none), 1
 
     @property
     def tensors(self) -> pl.DataFrame:
@@ -282,7 +282,7 @@ class Pages:
         seen = collect(faults.group_by(pl.col("model").cast(pl.String), "shard").agg(shift=shift.first()))
         return {(model, shard): int(pages or 0) for model, shard, pages in seen.iter_rows()}
 
-    def first_page(self, model: Ints, shard: Numbers) -> Ints:
+    def first_page(self, model: Numbers, shard: Numbers) -> Ints:
         """Return the first page of each row's file.
 
         Args:
@@ -303,18 +303,13 @@ class Pages:
             new = len(self._file) * _PAGES + self._shifts.get((self.models.list[model], shard), 0)
             return self._file.setdefault((model, shard), new)
 
-    def folio(self, page: Ints) -> Ints:
-        """Return the number of the 2 MiB of its file that each page is in, as large folios are aligned, by file.
-
-        Args:
-            page: counted as :meth:`first_page` does.
-        """
+    @property
+    def starts(self) -> Ints:
+        """By how many pages each file is moved, so that blocks of 16 are those of the address space: see first_page."""
         with self._lock:
-            shift = np.array([first & _PAGES - 1 for first in self._file.values()], np.int64)
-        moved: Ints = page - shift[page // _PAGES] if shift.any() else page
-        return moved // FOLIO
+            return np.array([first & _PAGES - 1 for first in self._file.values()], np.int64)
 
-    def tensor_of(self, model: Ints, name: Ints) -> Ints:
+    def tensor_of(self, model: Numbers, name: Numbers) -> Numbers:
         """Return the number in :attr:`tensors`, which may be a new one.
 
         Args:
@@ -325,7 +320,7 @@ class Pages:
             self._number = grown(self._number, (len(self.models.list), len(self.names.list)))
             numbers, names = self._number.reshape(-1), self._number.shape[1]
             at = model * names + name
-            found: Ints = numbers[at]
+            found: Numbers = numbers[at]
             if not found.all():
                 for one in np.unique(at[found == 0]).tolist():
                     self._owners.append(divmod(one, names))
@@ -383,11 +378,10 @@ class Pages:
             )
         begin = offset + (self.first_page(batch["model"], batch["shard"]) << _SHIFT)
         tensor = self.tensor_of(batch["model"], batch["tensor_name"])
-        columns = (mark, batch["token"].astype(np.int64), tensor, batch["expert"].astype(np.int64))
-        who = batch["phase"] << 8 | batch["cause"]
+        who = batch["phase"].astype(np.int64) << 8 | batch["cause"]
         if self._processes:
-            who |= batch["comm"] << 16
-        return Rows(*columns, begin, begin + batch["bytes"], who)
+            who |= batch["comm"].astype(np.int64) << 16
+        return Rows(mark, batch["token"], tensor, batch["expert"], begin, begin + batch["bytes"], who)
 
     def _walk(self, rows: Rows) -> Steps:
         first, count = self._known, rows.mark.size

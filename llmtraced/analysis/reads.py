@@ -77,7 +77,7 @@ class Reads:
 
 
 @compiled
-def _sum(mark: Ints, tensor: Ints, expert: Ints, begin: Ints, end: Ints, whole: Ints, sums: Ints) -> Ints:
+def _sum(mark: Ints, tensor: Numbers, expert: Numbers, begin: Ints, end: Ints, whole: Ints, sums: Ints) -> Ints:
     """Add rows to the sums of their pieces; return the ranges that may be new: piece, begin and end."""
     fresh = np.empty((3, mark.size), np.int64)
     count = 0
@@ -142,7 +142,7 @@ def faults(trace: Trace, phase: str | None = None) -> pl.DataFrame:
         return {name: column[some] for name, column in rows.items()}
 
     sums = np.zeros((0, 0, 0, 4), np.int64)  # of model, name, expert + 1: end not seen, minor, major; ns
-    for rows in batches(trace, "faults", columns, wanted):
+    for rows in batches(trace, "faults", columns, wanted, threads=2):
         experts = max(int(rows["expert"].max(initial=-1)) + 2, sums.shape[2])
         sums = grown(sums, (len(models.list), len(names.list), experts, 4))
         _count(rows["model"], rows["tensor_name"], rows["expert"], rows["major"], rows["latency_ns"], sums)
@@ -163,7 +163,7 @@ def faults(trace: Trace, phase: str | None = None) -> pl.DataFrame:
 
 
 @compiled
-def _count(model: Ints, name: Ints, expert: Numbers, major: Ints, latency: Ints, sums: Ints) -> None:
+def _count(model: Numbers, name: Numbers, expert: Numbers, major: Ints, latency: Ints, sums: Ints) -> None:
     for i in range(model.size):
         of = sums[model[i], name[i], max(expert[i], -1) + 1]
         of[major[i] + 1] += 1

@@ -14,9 +14,9 @@ from typing import Final
 import numpy as np
 import polars as pl
 
-from llmtraced.analysis.columns import Batch, Bools, Ints, Words, batches, grown
+from llmtraced.analysis.columns import Batch, Bools, Ints, Numbers, Words, batches, grown
 from llmtraced.analysis.compiled import compiled
-from llmtraced.analysis.pages import BLOCK, FOLIO, Pages, Steps
+from llmtraced.analysis.pages import BLOCK, CLOCK, FOLIO, Pages, Steps
 from llmtraced.analysis.trace import Trace, collect
 from llmtraced.analysis.walk import FILE
 from llmtraced.schema import PAGE
@@ -58,33 +58,58 @@ class Evidence:
         Args:
             steps: in order of time from call to call.
         """
-        past, now = steps.past.time, steps.now.time
-        end = int(now.max(initial=-1))
-        tensor, expert = steps.tensor, steps.expert
+        end = int(steps.now.time.max(initial=-1))
         tensors = (self._pages.count,)
         self._merged, self._layer = grown(self._merged, tensors), grown(self._layer, tensors)
-        merged = self._merged[tensor]
+        tensor, chosen = _owners(
+            steps.row, steps.rows.tensor, steps.rows.expert, self._merged, self._layer, self._experts
+        )
         self._used.take(*self._ops.until(end))
-        used = self._used.between(np.where(merged, -1, tensor), past, now)
+        used = self._used.between(tensor, steps)
         self._chosen.take(*self._choices.until(end))
-        if merged.any():
-            chosen = np.where(merged & (expert >= 0), self._layer[tensor] * self._experts + expert, -1)
-            used |= self._chosen.between(chosen, past, now)
+        if self._merged.any():
+            used |= self._chosen.between(chosen, steps)
         whole = steps.only(np.flatnonzero(used))
         yield whole, np.ones(whole.row.size, bool), np.zeros(whole.row.size, bool)
 
         time, page = self._faults.until(end)
-        self._blocks.take(time, page // BLOCK)
-        self._folios.take(time, self._pages.folio(page))
+        starts = self._pages.starts
+        block, folio = _places(page, starts)
+        self._blocks.take(time, block)
+        self._folios.take(time, folio)
         rest = steps.by_block(~used)
-        past, now = rest.past.time, rest.now.time
-        first, last = rest.begin >> _SHIFT, rest.end - 1 >> _SHIFT
-        used = self._blocks.between(first // BLOCK, past, now)
-        near, also = self._pages.folio(first), self._pages.folio(last)
-        may = self._folios.between(near, past, now)
-        if (near != also).any():  # the block is in two
-            may |= self._folios.between(also, past, now)
+        block, folio = _places(rest.begin >> _SHIFT, starts)
+        used, may = self._blocks.between(block, rest), self._folios.between(folio, rest)
+        _, also = _places(rest.end - 1 >> _SHIFT, starts)
+        if (folio != also).any():  # the block is in two
+            may |= self._folios.between(also, rest)
         yield rest, used, may
+
+
+@compiled
+def _owners(row: Ints, tensor: Numbers, expert: Numbers, merged: Bools, layer: Ints, experts: int) -> tuple[Ints, Ints]:
+    """Return the tensor of each step if operators read it whole, and else which expert of which layer it is; or -1."""
+    whole, part = np.empty(row.size, np.int64), np.empty(row.size, np.int64)
+    for i in range(row.size):
+        of, one = tensor[row[i]], expert[row[i]]
+        whole[i] = -1 if merged[of] else of
+        part[i] = layer[of] * experts + one if merged[of] and one >= 0 else -1
+    return whole, part
+
+
+@compiled
+def _places(page: Ints, starts: Ints) -> tuple[Ints, Ints]:
+    """Return which block of the address space each page is in, and which 2 MiB of its file: so large folios lie.
+
+    Args:
+        page: counted as :meth:`Pages.first_page` does.
+        starts: of each file, by how many pages it is moved so that blocks are those of the address space.
+    """
+    block, folio = np.empty(page.size, np.int64), np.empty(page.size, np.int64)
+    for i in range(page.size):
+        block[i] = page[i] // BLOCK
+        folio[i] = (page[i] - starts[page[i] >> _BITS]) // FOLIO
+    return block, folio
 
 
 class _Events:
@@ -149,15 +174,15 @@ class _Last:
         self._links = _linked(time, key, self._bits, self._time, self._newest, self._new[1])
         self._new = time, key
 
-    def between(self, of: Ints, since: Ints, now: Ints) -> Bools:
-        """Return whether there was an event of the key ``of`` (negative: none) between ``since`` and ``now``.
+    def between(self, of: Ints, steps: Steps) -> Bools:
+        """Return whether there was an event of the key ``of`` (negative: none) between each step's past and now.
 
         Args:
             of: keys.
-            since: before now.
-            now: not before any event of an earlier call of :meth:`take`.
+            steps: none is before an event of an earlier call of :meth:`take`.
         """
-        return _between(of, since, now, self._bits, self._time, self._newest, self._new[0], *self._links)
+        where = steps.row, steps.before, steps.rows.mark
+        return _between(of, *where, self._bits, self._time, self._newest, self._new[0], *self._links)
 
 
 @compiled
@@ -188,20 +213,29 @@ def _linked(time: Ints, key: Ints, bits: int, last: Ints, newest: Ints, old: Int
 
 @compiled
 def _between(
-    of: Ints, since: Ints, now: Ints, bits: int, last: Ints, newest: Ints, time: Ints, link: Ints, before: Ints
+    of: Ints,
+    row: Ints,
+    past: Ints,
+    mark: Ints,
+    bits: int,
+    last: Ints,
+    newest: Ints,
+    time: Ints,
+    link: Ints,
+    before: Ints,
 ) -> Bools:
     found = np.zeros(of.size, np.bool_)
     for i in range(of.size):
         file, key = of[i] >> bits, of[i] & (1 << bits) - 1
-        if of[i] < 0 or file >= last.shape[0] or key >= last.shape[1] or last[file, key] < since[i]:
+        if of[i] < 0 or file >= last.shape[0] or key >= last.shape[1]:
             continue
-        if last[file, key] <= now[i]:
-            found[i] = True
+        since, now, event, when = mark[past[i]] >> CLOCK, mark[row[i]] >> CLOCK, newest[file, key], last[file, key]
+        if when < since or when <= now:
+            found[i] = when >= since
             continue
-        event, when = newest[file, key], last[file, key]  # the last one is too late, but one before it may do
-        while event >= 0 and not since[i] <= time[event] <= now[i]:
+        while event >= 0 and not since <= time[event] <= now:  # the last one is too late, but one before it may do
             event, when = link[event], before[event]
-        found[i] = event >= 0 or when >= since[i]
+        found[i] = event >= 0 or when >= since
     return found
 
 
@@ -211,9 +245,9 @@ def _faults(trace: Trace, pages: Pages) -> Iterator[_Ended]:
     columns |= {"timestamp": 0, "latency_ns": 0}
 
     def events(rows: Batch) -> _Ended:
-        key = pages.first_page(rows["model"], rows["shard"]) + (rows["offset_bytes"] >> _SHIFT)
-        key[(rows["offset_bytes"] < 0) | (rows["offset_bytes"] >= pages.limit)] = -1
-        return _ended(rows["timestamp"] - pages.start_ns, rows["latency_ns"], key)
+        key = pages.first_page(rows["model"], rows["shard"])
+        _add_pages(key, rows["offset_bytes"], pages.limit)
+        return _ended(rows["timestamp"], pages.start_ns, rows["latency_ns"], key)
 
     return batches(trace, "faults", columns, events)
 
@@ -229,18 +263,29 @@ def _ops(trace: Trace, pages: Pages) -> Iterator[_Ended]:
         key[rows["op"] < 2] = -1
         if None in pages.names.list:
             key[rows["tensor_name"] == pages.names.list.index(None)] = -1
-        return _ended(rows["timestamp"] - pages.start_ns, rows["duration_ns"], key)
+        return _ended(rows["timestamp"], pages.start_ns, rows["duration_ns"], key)
 
     return batches(trace, "ops", columns, events)
 
 
-def _ended(began: Ints, lasted: Ints, key: Ints) -> _Ended:
-    """Return the events that have a key: those with a negative one have none."""
-    known = key >= 0
-    last = int(began.max(initial=-1))
-    if known.all():
-        return last, began + lasted, key
-    return last, (began + lasted)[known], key[known]
+@compiled
+def _add_pages(first: Ints, offset: Ints, limit: int) -> None:
+    """Add to each file's first page that of the offset; -1 where no file is so long."""
+    for i in range(offset.size):
+        first[i] = first[i] + (offset[i] >> _SHIFT) if 0 <= offset[i] < limit else -1
+
+
+@compiled
+def _ended(began: Ints, start: int, lasted: Ints, key: Ints | Numbers) -> _Ended:
+    """Return the events that have a key: those with a negative one have none. Times count from ``start``."""
+    time, kept = np.empty(key.size, np.int64), np.empty(key.size, np.int64)
+    count, last = 0, -1
+    for i in range(key.size):
+        last = max(last, began[i] - start)
+        if key[i] >= 0:
+            time[count], kept[count] = began[i] - start + lasted[i], key[i]
+            count += 1
+    return last, time[:count], kept[:count]
 
 
 def _choices(trace: Trace, pages: Pages, experts: int, layers: int) -> Iterator[_Ended]:
@@ -259,4 +304,4 @@ def _choices(trace: Trace, pages: Pages, experts: int, layers: int) -> Iterator[
         rows = rows.sort("began", maintain_order=True)
         for start in range(0, rows.height, _PART):  # what has not ended is looked at again and again: few at a time
             began, ended, key = (rows[name][start : start + _PART].to_numpy() for name in rows.columns)
-            yield _ended(began, ended - began, key)
+            yield _ended(began, 0, ended - began, key)

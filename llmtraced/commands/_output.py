@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llmtraced.errors import LlmtracedError, printable
-from llmtraced.gguf_map import is_gguf
 
 __all__ = ["add_output_arguments", "check_output", "write_output"]
 
@@ -26,6 +25,8 @@ def check_output(path: Path | None, force: bool) -> None:
         return
     if not force:
         raise LlmtracedError(f"{printable(str(path))}: File already exists, will not overwrite without --force")
+    from llmtraced.gguf_map import is_gguf  # a tenth of a second, and seldom asked
+
     if not path.is_file() or is_gguf(path):
         what = "a GGUF model" if path.is_file() else "not a regular file"
         raise LlmtracedError(f"{printable(str(path))}: will not overwrite: it is {what}")
