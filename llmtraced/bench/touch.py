@@ -6,9 +6,9 @@ page cache dropped and ``MADV_RANDOM`` every first touch of a page is one major 
 from its file with nothing but the standard library (``python3 -I -S touch.py MODEL --offsets FILE``), so it is small
 and starts at once.
 
-It speaks JSON, a line at a time. It prints ``{"state": "ready", …}``, waits for a line on stdin, works, prints
+It speaks JSON, a line at a time. It prints ``{"state": "ready", …}``, waits for ``go`` on stdin, works, prints
 ``{"state": "done", …}`` with what the kernel counted meanwhile, waits for another line (so that it can be inspected
-alive), and ends. :class:`Touch` does that for a Python caller.
+alive), and ends, or works once more if that is ``go`` again. :class:`Touch` does that for a Python caller.
 
 Everything is allocated before the measured part, and its own code is locked in memory where that is allowed:
 measured, ``majflt`` is exact, and ``minflt`` has 0 faults of the interpreter's own in it (0 or 1 with threads).
@@ -140,9 +140,10 @@ def _workers(jobs: Sequence[Callable[[], None]], warm: Callable[[], None]) -> tu
         tids[number] = threading.get_native_id()
         warm()
         ready.wait()
-        go.wait()
-        jobs[number]()
-        end.wait()
+        while True:
+            go.wait()
+            jobs[number]()
+            end.wait()
 
     for number in range(len(jobs)):
         threading.Thread(target=body, args=(number,), daemon=True).start()
@@ -223,24 +224,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     tids, run = _workers([job(share, lap) for share, lap in zip(shares, laps, strict=True)], warm)
     ready = {"state": "ready", "pid": os.getpid(), "tids": tids, "address": _address(data), "locked": locked}
     print(json.dumps(ready), flush=True)
-    sys.stdin.readline()
-    _counters(io)
+    while sys.stdin.readline() == "go\n":
+        _counters(io)
 
-    before = _counters(io)
-    run()
-    after = _counters(io)
+        before = _counters(io)
+        run()
+        after = _counters(io)
 
-    major, minor, read, duration = (b - a for a, b in zip(before, after, strict=True))
-    done: dict[str, Any] = {"state": "done", "touched": args.flood // args.threads * args.threads or len(offsets)}
-    done |= {"majflt": major, "minflt": minor, "read_bytes": read}
-    done |= {"start_ns": before[3], "end_ns": after[3], "duration_ns": duration}
-    if args.latency:
-        merged = [0] * len(offsets)
-        for number, lap in enumerate(laps):
-            merged[number :: args.threads] = lap
-        done["latency_ns"] = merged
-    print(json.dumps(done), flush=True)
-    sys.stdin.readline()
+        major, minor, read, duration = (b - a for a, b in zip(before, after, strict=True))
+        done: dict[str, Any] = {"state": "done", "touched": args.flood // args.threads * args.threads or len(offsets)}
+        done |= {"majflt": major, "minflt": minor, "read_bytes": read}
+        done |= {"start_ns": before[3], "end_ns": after[3], "duration_ns": duration}
+        if args.latency:
+            merged = [0] * len(offsets)
+            for number, lap in enumerate(laps):
+                merged[number :: args.threads] = lap
+            done["latency_ns"] = merged
+        print(json.dumps(done), flush=True)
     return 0
 
 
@@ -283,7 +283,10 @@ class Touch:
         return self
 
     def go(self) -> dict[str, Any]:
-        """Let it work; return its second line (counts, ``start_ns`` and ``end_ns`` of CLOCK_MONOTONIC)."""
+        """Let it work, once more if it has already, and return what it says then.
+
+        Those are counts, and ``start_ns`` and ``end_ns`` of CLOCK_MONOTONIC.
+        """
         self._say("go")
         return self._hear()
 
