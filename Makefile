@@ -90,7 +90,8 @@ kills: venv ## kill -9 of daemon and server at random moments, so many each (KIL
 # Another kernel, its headers and virtme-ng go into the cache and .venv; QEMU is the machine's. KERNEL=linux-image-...
 # takes another one that apt knows. (liburing is compiled for this processor, like the usual llama-server.) tests/guest/boot.py says what a guest is, docs/compatibility.md what came out.
 KERNEL ?= linux-image-amd64
-GUEST = $(AS_ROOT) $(BIN)/python tests/guest/boot.py --kernel '$(KERNEL)' --server --
+BOOT = $(AS_ROOT) $(BIN)/python tests/guest/boot.py --kernel '$(KERNEL)' --server
+GUEST = $(BOOT) --
 GUEST_KERNEL := tests/kernel/test_pressure_real.py tests/kernel/test_prefetch_pages.py \
   'tests/kernel/test_exact.py::test_major_faults_and_adds_are_exact_ten_times_of_ten[0]' \
   tests/kernel/test_exact.py::test_causes_are_told_apart
@@ -107,6 +108,7 @@ test-guest: venv ## what depends on the kernel, under Debian's own one in QEMU (
 	$(GUEST) llmtraced check
 	$(GUEST) pytest -q -k 'not uring' $(GUEST_KERNEL)
 	$(GUEST) pytest -q $(GUEST_E2E)
+	$(BOOT) --copy -- pytest -q -s tests/guest/test_time.py
 
 # Each build is compiled once (5 to 8 minutes on 2 cores) or downloaded, into ~/.cache/llmtraced/builds, where the table
 # of results is too. BUILDS=server-9093,python-8233 takes some of them; tests/matrix/builds.py has the list.

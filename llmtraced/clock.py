@@ -14,10 +14,10 @@ def monotonic_ns() -> int:
 
 
 def realtime_offset_ns() -> int:
-    """Return what to add to a trace time to get Unix time, ns; it holds until the wall clock is set."""
-    before = monotonic_ns()
-    realtime = time.time_ns()
-    return realtime - (before + monotonic_ns()) // 2
+    """Return what to add to a trace time to get Unix time, ns; until the clock is set, or the machine suspended."""
+    looks = [(monotonic_ns(), time.time_ns(), monotonic_ns()) for _ in range(3)]
+    before, realtime, after = min(looks, key=lambda look: look[2] - look[0])  # the one with the least in between
+    return realtime - (before + after) // 2
 
 
 def boot_id() -> str:

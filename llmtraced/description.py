@@ -26,7 +26,6 @@ def session_metadata(target: Target, detail: Detail) -> dict[str, Any]:
         "boot_id": clock.boot_id(),
         "kernel": os.uname().release,
         "clock": "CLOCK_MONOTONIC",
-        "realtime_offset_ns": clock.realtime_offset_ns(),
         "pid": target.pid,
         "comm": printable(target.comm),
         "command": [printable(a) for a in target.command],

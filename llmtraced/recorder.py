@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _SETTLE_SECONDS: Final = 1.0
 _BUFFERED_EVENTS: Final = 1 << 17  # 8 MB of records, a row group: then a file is written before its time
+_JUMP_NS: Final = 500_000_000  # of the wall clock against the trace's; less is made up for at the next interval
 _QUEUED_BYTES: Final = 64 << 20  # of records that wait for the writer; what comes then is not recorded
 
 
@@ -64,6 +65,7 @@ class Recorder:
         self.bytes_written = 0
         self.write_errors = 0
         self._flushed = time.monotonic()
+        self._offset = clock.realtime_offset_ns()  # of this interval's records, to Unix time
         self._queued = 0
         self._counting = threading.Lock()
         self._ended: queue.SimpleQueue[Session] = queue.SimpleQueue()
@@ -77,7 +79,9 @@ class Recorder:
         Raises:
             LlmtracedError: it cannot be traced.
         """
-        writer.describe({"flush_seconds": self.flush_seconds, "ended_ns": None})
+        if not self.sessions:  # nobody has looked at the clock
+            self._offset = clock.realtime_offset_ns()
+        writer.describe({"flush_seconds": self.flush_seconds, "ended_ns": None, "realtime_offset_ns": self._offset})
         session = Session(self.tracer, target, writer, detail, phase)
         with self.lock:
             self.sessions[session.slot] = session
@@ -117,6 +121,10 @@ class Recorder:
         self.tracer.follow_cpus()
         n = self._drain()
         due = time.monotonic() - self._flushed >= self.flush_seconds
+        jump = clock.realtime_offset_ns() - self._offset
+        if abs(jump) > _JUMP_NS:
+            log.info("the clock was set, or the machine suspended: %+.1f s", jump / 1e9)
+            due = True  # what has been recorded goes by the old offset
         if due or any(s.buffered > _BUFFERED_EVENTS for s in self.sessions.values()):
             self.flush()
         return n
@@ -158,7 +166,8 @@ class Recorder:
             if account or len(events) or ends:
                 with self._counting:
                     self._queued += events.nbytes
-                self.later(partial(self._write, session, events, account, ends))
+                self.later(partial(self._write, session, events, account, ends, self._offset))
+        self._offset = clock.realtime_offset_ns()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -172,7 +181,8 @@ class Recorder:
                 self._jobs.task_done()
         self._jobs.task_done()
 
-    def _write(self, session: Session, events: NDArray[Any], account: Account, last: bool) -> None:
+    def _write(self, session: Session, events: NDArray[Any], account: Account, last: bool, offset: int) -> None:
+        session.writer.describe({"realtime_offset_ns": offset})
         before = sum(session.writer.bytes.values())
         try:
             if not session.described and session.ledger.ready():  # it could not be written when the session began

@@ -78,8 +78,9 @@ class Keeper:
         folder: the trace.
         keep_seconds: how old a file may be; 0: any age.
         keep_bytes: how large all files together may be; 0: any size.
-        wall: Unix time, s. Only what it says at first is believed, and then CLOCK_BOOTTIME: a clock that is set wrong
-            must not delete everything.
+        wall: Unix time, s. A clock that is set must not delete everything, neither forward (what was written before
+            looks old) nor back (what is written then does): it is as late as the clock says, and no later than it said
+            at first and CLOCK_BOOTTIME since.
 
     Attributes:
         deleted: files deleted so far.
@@ -93,14 +94,14 @@ class Keeper:
         self.keep_seconds, self.keep_bytes = keep_seconds, keep_bytes
         self.deleted = 0
         self.bytes = 0
+        self._wall = wall
         self._offset = wall() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def prune(self, running: Collection[str] = ()) -> None:
         """Delete what is too old or too much, and folders that are empty then."""
         files = list(self._files())
-        doomed = expired(
-            files, self._offset + time.clock_gettime(time.CLOCK_BOOTTIME), self.keep_seconds, self.keep_bytes, running
-        )
+        now = min(self._wall(), self._offset + time.clock_gettime(time.CLOCK_BOOTTIME))
+        doomed = expired(files, now, self.keep_seconds, self.keep_bytes, running)
         self.bytes = sum(f.size for f in files) - sum(f.size for f in doomed)
         for file in doomed:
             try:

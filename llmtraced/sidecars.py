@@ -23,7 +23,9 @@ __all__ = ["sidecar_families"]
 
 log = logging.getLogger(__name__)
 
-_FRESH_SECONDS: Final = 10.0  # a sidecar writes each second; one that was killed has left its last text behind
+# A sidecar writes each second; one that was killed has left its last text behind. A time to come is an old one, too:
+# the clock was set back since.
+_FRESH_SECONDS: Final = 10.0
 _MOST_BYTES: Final = 64 << 10
 _MOST_FILES: Final = 64
 _LINE: Final = re.compile(r'([a-z_]+)\{pid="([0-9]{1,10})",model="((?:[^"\\]|\\.)*)"\} (\S+)')
@@ -57,7 +59,7 @@ def _texts(pattern: str) -> Iterator[str]:
             # Opening a FIFO must not wait, and a link is nobody's text.
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
             with os.fdopen(fd, "rb") as stream:
-                if now - os.fstat(fd).st_mtime < _FRESH_SECONDS:
+                if abs(now - os.fstat(fd).st_mtime) < _FRESH_SECONDS:
                     yield (stream.read(_MOST_BYTES) or b"").decode("utf-8", "replace")
         except OSError as error:
             log.debug("%s: %s", path, error)

@@ -54,7 +54,7 @@ class Trace:
         session: the session that the tables are restricted to.
         sessions: every session in the folder, oldest first.
         meta: the newest footer of this session (``boot_id``, ``kernel``, ``pid``, ``command``, ``detail``, …), with
-            ``models`` merged over all its files.
+            ``models`` merged over all its files, and ``realtime_offset_ns`` as it was when the session began.
         tables: a lazy frame per table of :data:`llmtraced.schema.TABLES`; empty but typed where nothing was recorded.
         files: the files behind each table, in the order of its rows.
         rows: rows per table, from the footers.
@@ -121,11 +121,25 @@ class _File:
         return int(self.meta["schema_version"])
 
     @property
+    def boot(self) -> str:
+        return str(self.meta.get("boot_id"))
+
+    @property
+    def offset_ns(self) -> int:
+        return int(self.meta.get("realtime_offset_ns") or 0)
+
+    @property
     def began(self) -> tuple[bool, int]:
-        """When it began, wall-clock ns: by its first row (False), else by the start of its process (True)."""
-        ticks = re.search(r"-(\d+)$", self.session)
-        start = self.first_ns if self.first_ns is not None else int(ticks.group(1)) * _TICK_NS if ticks else 0
-        return self.first_ns is None, start + int(self.meta.get("realtime_offset_ns") or 0)
+        """When it began, ns of its boot's clock: by its first row (False), else by its session's name (True).
+
+        That tells the recording's beginning in ms or, in older traces, the process's in ticks.
+        """
+        if self.first_ns is not None:
+            return False, self.first_ns
+        told = re.search(r"-(\d+)(?:\.(\d+))?$", self.session)
+        if told is None:
+            return True, 0
+        return True, int(told[1]) * _TICK_NS if told[2] is None else int(told[2]) * 1_000_000
 
 
 def open_trace(path: str | Path, session: str | None = None) -> Trace:
@@ -141,10 +155,7 @@ def open_trace(path: str | Path, session: str | None = None) -> Trace:
     folder = Path(path)
     notes: list[str] = []
     files = _footers(folder, notes)
-    began: dict[str, tuple[bool, int]] = {}  # the smaller one counts, so a row goes before a process's start
-    for file in files:
-        began[file.session] = min(file.began, began.get(file.session, file.began))
-    sessions = tuple(sorted(began, key=lambda name: (began[name][1], name)))
+    sessions = _in_order(files)
     chosen = _choose(sessions, session, folder)
     if session is None and len(sessions) > 1:
         others = ", ".join(printable(name) for name in sessions[:-1][-5:])
@@ -175,7 +186,7 @@ def open_trace(path: str | Path, session: str | None = None) -> Trace:
         path=folder,
         session=chosen,
         sessions=sessions,
-        meta={**files[-1].meta, "models": _models(files)},
+        meta={**files[-1].meta, "models": _models(files), **_first_offset(files)},
         tables=tables,
         files={name: tuple(Stored(file.path, file.groups) for file in some) for name, some in by_table.items()},
         rows={name: sum(file.rows for file in some) for name, some in by_table.items()},
@@ -284,6 +295,28 @@ def unmapped(trace: Trace) -> list[str]:
     Traces of earlier versions do not say.
     """
     return [str(model.get("model")) for model in trace.meta["models"] if model.get("mapped_bytes") == 0]
+
+
+def _in_order(files: Iterable[_File]) -> tuple[str, ...]:
+    """Return the sessions, oldest first: of one boot by its clock, boots by the wall clock as it was last set."""
+    began: dict[str, tuple[bool, int]] = {}  # the smaller one counts, so a row goes before a name
+    boots: dict[str, tuple[int, int]] = {}
+    of: dict[str, str] = {}
+    for file in files:
+        began[file.session] = min(file.began, began.get(file.session, file.began))
+        boots[file.boot] = max((file.last_ns or 0, file.offset_ns), boots.get(file.boot, (-1, 0)))
+        of[file.session] = file.boot
+    return tuple(sorted(began, key=lambda name: (began[name][1] + boots[of[name]][1], name)))
+
+
+def _first_offset(files: Iterable[_File]) -> dict[str, int]:
+    """Return ``realtime_offset_ns`` of the file that was written first: later ones tell of a clock set meanwhile."""
+    known = [
+        (file.last_ns, file.offset_ns)
+        for file in files
+        if file.last_ns is not None and file.meta.get("realtime_offset_ns") is not None
+    ]
+    return {"realtime_offset_ns": min(known)[1]} if known else {}
 
 
 def _choose(sessions: tuple[str, ...], wanted: str | None, folder: Path) -> str:

@@ -6,11 +6,11 @@ page cache dropped and ``MADV_RANDOM`` every first touch of a page is one major 
 from its file with nothing but the standard library (``python3 -I -S touch.py MODEL --offsets FILE``), so it is small
 and starts at once.
 
-It speaks JSON, a line at a time. It prints ``{"state": "ready", …}``, waits for a line on stdin, works, prints
+It speaks JSON, a line at a time. It prints ``{"state": "ready", …}``, waits for ``go`` on stdin, works, prints
 ``{"state": "done", …}`` with what the kernel counted meanwhile, waits for another line (so that it can be inspected
-alive), and ends. If that line is ``again``, it unmaps everything and touches the same offsets, on and on, until a line
-comes: ``rest`` for a pause, anything else for the end (not with ``--pread``). :class:`Touch` does that for a Python
-caller.
+alive), and ends, or works once more if that is ``go`` again. At ``again`` it unmaps everything and touches the same
+offsets, on and on, until a line comes: ``rest`` for a pause, or one of the others (not with ``--pread``).
+:class:`Touch` does that for a Python caller.
 
 Everything is allocated before the measured part, and its own code is locked in memory where that is allowed:
 measured, ``majflt`` is exact, and ``minflt`` has 0 faults of the interpreter's own in it (0 or 1 with threads).
@@ -143,9 +143,10 @@ def _workers(jobs: Sequence[Callable[[], None]], warm: Callable[[], None]) -> tu
         tids[number] = threading.get_native_id()
         warm()
         ready.wait()
-        go.wait()
-        jobs[number]()
-        end.wait()
+        while True:
+            go.wait()
+            jobs[number]()
+            end.wait()
 
     for number in range(len(jobs)):
         threading.Thread(target=body, args=(number,), daemon=True).start()
@@ -226,27 +227,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     tids, run = _workers([job(share, lap) for share, lap in zip(shares, laps, strict=True)], warm)
     ready = {"state": "ready", "pid": os.getpid(), "tids": tids, "address": _address(data), "locked": locked}
     print(json.dumps(ready), flush=True)
-    sys.stdin.readline()
-    _counters(io)
-
-    before = _counters(io)
-    run()
-    after = _counters(io)
-
-    major, minor, read, duration = (b - a for a, b in zip(before, after, strict=True))
-    done: dict[str, Any] = {"state": "done", "touched": args.flood // args.threads * args.threads or len(offsets)}
-    done |= {"majflt": major, "minflt": minor, "read_bytes": read}
-    done |= {"start_ns": before[3], "end_ns": after[3], "duration_ns": duration}
-    if args.latency:
-        merged = [0] * len(offsets)
-        for number, lap in enumerate(laps):
-            merged[number :: args.threads] = lap
-        done["latency_ns"] = merged
-    print(json.dumps(done), flush=True)
-    while (line := sys.stdin.readline().strip()) in ("again", "rest"):
+    while (line := sys.stdin.readline().strip()) in ("go", "again", "rest"):
         while line == "again" and not select.select([sys.stdin], [], [], 0)[0]:
             data.madvise(mmap.MADV_DONTNEED)
             _touch(data, inside, ())
+        if line != "go":
+            continue
+        _counters(io)
+
+        before = _counters(io)
+        run()
+        after = _counters(io)
+
+        major, minor, read, duration = (b - a for a, b in zip(before, after, strict=True))
+        done: dict[str, Any] = {"state": "done", "touched": args.flood // args.threads * args.threads or len(offsets)}
+        done |= {"majflt": major, "minflt": minor, "read_bytes": read}
+        done |= {"start_ns": before[3], "end_ns": after[3], "duration_ns": duration}
+        if args.latency:
+            merged = [0] * len(offsets)
+            for number, lap in enumerate(laps):
+                merged[number :: args.threads] = lap
+            done["latency_ns"] = merged
+        print(json.dumps(done), flush=True)
     return 0
 
 
@@ -291,7 +293,10 @@ class Touch:
         return self
 
     def go(self) -> dict[str, Any]:
-        """Let it work; return its second line (counts, ``start_ns`` and ``end_ns`` of CLOCK_MONOTONIC)."""
+        """Let it work, once more if it has already, and return what it says then.
+
+        Those are counts, and ``start_ns`` and ``end_ns`` of CLOCK_MONOTONIC.
+        """
         self._say("go")
         return self._hear()
 

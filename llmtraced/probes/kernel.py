@@ -41,6 +41,7 @@ __all__ = [
     "open_uprobes",
     "program_misses",
     "run_on_cpu",
+    "time_enabled",
     "try_bpf",
 ]
 
@@ -54,6 +55,7 @@ _BPF_TRACE_RAW_TP, _BPF_PERF_EVENT, _BPF_TRACE_UPROBE_MULTI = 23, 41, 48
 _BPF_F_UPROBE_MULTI_RETURN = 1
 _PERF_TYPE_SOFTWARE = 1
 _PERF_FLAG_FD_CLOEXEC = 8
+_PERF_FORMAT_TOTAL_TIME_ENABLED = 1
 _PERF_EVENT_IOC_ENABLE, _PERF_EVENT_IOC_SET_BPF = 0x2400, 0x40042408
 _NO_DESCRIPTOR = 0xFFFFFFFF  # -1 in the u32 that the system call reads
 _PERF_ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5
@@ -220,7 +222,8 @@ def _cannot_attach(what: str, code: int) -> LlmtracedError:
 
 def _attr(kind: int, config: int, *, period: int = 0, config1: int = 0, config2: int = 0) -> bytes:
     # type, size, config, sample_period, sample_type, read_format, flags, wakeup, bp_type, config1, config2
-    head = struct.pack("<IIQQQQQIIQQ", kind, _PERF_ATTR_SIZE, config, period, 0, 0, 1, 0, 0, config1, config2)
+    form = _PERF_FORMAT_TOTAL_TIME_ENABLED
+    head = struct.pack("<IIQQQQQIIQQ", kind, _PERF_ATTR_SIZE, config, period, 0, form, 1, 0, 0, config1, config2)
     return head.ljust(_PERF_ATTR_SIZE, b"\0")
 
 
@@ -251,6 +254,11 @@ def open_software_event(config: int, cpu: int, program: int, what: str) -> int:
     """Attach ``program`` to every occurrence of a software event on ``cpu``; closing the descriptor detaches it."""
     # A period of 1 is never throttled: the kernel throttles only the second and later samples of one occurrence.
     return _start(_perf_event_open(_attr(_PERF_TYPE_SOFTWARE, config, period=1), -1, cpu, what), program, what)
+
+
+def time_enabled(fd: int) -> int:
+    """Return for how long a software event has counted, ns: as long as it does, this rises from call to call."""
+    return int(struct.unpack("<QQ", os.read(fd, 16))[1])  # value, time_enabled
 
 
 def open_kprobe(function: str, program: int, what: str) -> int:

@@ -88,6 +88,7 @@ class Tracer:
         self._accounts = kernel.map_array(maps["accounts"], ACCOUNT, int(np.prod(shape))).reshape(shape)
         self._kernel_fds: list[int] = []
         self._cpu_fds: dict[int, list[int]] = {}
+        self._cpu_times: dict[int, int] = {}
         self._process_fds: dict[int, dict[str, int]] = {}
         self._uprobes: dict[int, dict[str, Symbol]] = {}
         self._slot_pids: dict[int, int] = {}
@@ -130,11 +131,17 @@ class Tracer:
                     self._kernel_fds += fds.values()
 
     def follow_cpus(self) -> None:
-        """Attach to CPUs that have come online: a software event is one CPU's, and ends when that goes offline."""
-        online = set(kernel.online_cpus())
-        if not self._kernel_fds or online == self._cpu_fds.keys():
+        """Attach to CPUs that have come online: a software event is one CPU's, and ends when that goes offline.
+
+        A CPU may have gone and come back since the last look; all but one do while the machine is suspended.
+        """
+        if not self._kernel_fds:
             return
-        for cpu in self._cpu_fds.keys() - online:
+        online = set(kernel.online_cpus())
+        times = {cpu: kernel.time_enabled(fds[0]) for cpu, fds in self._cpu_fds.items()}
+        ended = {cpu for cpu, enabled in times.items() if cpu not in online or enabled == self._cpu_times.get(cpu)}
+        self._cpu_times = times
+        for cpu in sorted(ended):
             for fd in self._cpu_fds.pop(cpu):
                 os.close(fd)
             log.warning("CPU %d has gone offline", cpu)

@@ -12,11 +12,15 @@ and ``apt-get install qemu-system-x86 busybox-static kmod udev e2fsprogs`` and `
 
 The guest has this machine's root, which QEMU itself keeps read-only, under an overlay on an ext4 disk that is gone when
 the guest is: a command in it may write and break what it likes. The folder for temporary files is on that disk and not
-in the overlay, for page caches are a disk's. There is cgroup v2 with the memory controller (``--cgroup 1``: that of
-version 1 instead). ``--server`` sees to a llama-server that runs there: the usual one is built for this processor only.
-The command begins in the repository, with ``.venv/bin`` first in PATH; tests fail there where they lack something
-(LLMTRACED_KERNEL, LLMTRACED_E2E), and are patient (LLMTRACED_EMULATED). Its output is ours, and so is its exit code. A
-guest that takes longer than ``--minutes`` is killed, with status 124.
+in the overlay, for page caches are a disk's. A guest that was suspended cannot open the machine's files any more (9p
+does not come back): with ``--copy`` its root is a copy of programs, libraries and the repository, on the disk, and its
+power button is pressed now and then, for nothing else wakes it from suspension to idle.
+
+There is cgroup v2 with the memory controller (``--cgroup 1``: that of version 1 instead). ``--server`` sees to a
+llama-server that runs there: the usual one is built for this processor only. The command begins in the repository, with
+``.venv/bin`` first in PATH; tests fail there where they lack something (LLMTRACED_KERNEL, LLMTRACED_E2E), and are
+patient (LLMTRACED_EMULATED). Its output is ours, and so is its exit code. A guest that takes longer than ``--minutes``
+is killed, with status 124.
 
 Without KVM a processor is 10 to 20 times slower: compiling the BPF programs takes 40 s, and times mean nothing.
 """
@@ -30,11 +34,12 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
@@ -46,6 +51,15 @@ __all__ = ["Kernel", "ensure_kernel", "main", "run"]
 
 TIMED_OUT: Final = 124  # as timeout(1) has it
 DISK_BYTES: Final = 8 << 30  # sparse
+COPIED: Final = (
+    *("bin", "sbin", "lib", "lib64", "etc", "usr/bin", "usr/sbin", "usr/include", "usr/libexec"),
+    *("usr/lib/x86_64-linux-gnu", "usr/lib64", "usr/lib/gcc", "usr/lib/python3*", "usr/lib/locale"),
+    *("usr/lib/llvm-*/lib/*.so*", "usr/lib/os-release"),
+)
+"""Below the root, besides Python's own folder and the repository: what compiles, and what is loaded."""
+MONITOR: Final = "-mon chardev=monitor,mode=readline -chardev socket,id=monitor,server=on,wait=off,"
+PRESS_SECONDS: Final = 10.0
+"""Between two presses of the power button, where the guest may be suspended."""
 INSIDE: Final = Path(__file__).with_name("inside.sh")
 # The whole root once more: virtme-ng mounts its own without a cache, and every import is a hundred round trips then.
 SHARE: Final = (
@@ -116,7 +130,28 @@ def ensure_kernel(package: str = "linux-image-amd64", cache: Path | None = None)
     return kernel
 
 
-def run(kernel: Kernel, command: Sequence[str], *, cgroup: int = 2, memory: str = "4G", minutes: float = 30) -> int:
+@contextlib.contextmanager
+def _root(files: Sequence[Path], folder: Path) -> Iterator[Path]:
+    """Make a folder in ``folder`` that has :data:`COPIED` and more files, each where it is on this machine."""
+    python = Path(sys.executable).resolve().parents[1]
+    repository = Path(__file__).parents[2]
+    wanted = [found for name in COPIED for found in Path("/").glob(name)]
+    wanted += [*([python] if python != Path("/usr") else []), Path(sys.prefix).resolve(), repository, *files]
+    with tempfile.TemporaryDirectory(prefix=".root-", dir=folder) as name:
+        names = {str(path.relative_to("/")) for path in wanted if not {*path.parents} & {*wanted}}
+        _output("cp", "--archive", "--parents", *names, name, cwd=Path("/"))
+        yield Path(name)
+
+
+def run(
+    kernel: Kernel,
+    command: Sequence[str],
+    *,
+    cgroup: int = 2,
+    memory: str = "4G",
+    minutes: float = 30,
+    copy: Sequence[Path] | None = None,
+) -> int:
     """Run a command in a guest; return its exit code, or 124 if it was not done in time.
 
     Args:
@@ -125,6 +160,7 @@ def run(kernel: Kernel, command: Sequence[str], *, cgroup: int = 2, memory: str 
         cgroup: version of the memory controller.
         memory: of the guest, as QEMU has it.
         minutes: after which the guest is killed.
+        copy: have a copy for root, with these files, that does not need the machine's after the guest was suspended.
 
     Raises:
         LlmtracedError: a program that is needed is not installed.
@@ -135,12 +171,16 @@ def run(kernel: Kernel, command: Sequence[str], *, cgroup: int = 2, memory: str 
         raise LlmtracedError("virtme-ng is not installed; pip install '.[guest]'")
     if not (shutil.which("qemu-system-x86_64") and shutil.which("busybox")):
         raise LlmtracedError("apt-get install qemu-system-x86 busybox-static kmod udev e2fsprogs")
-    inside = ["sh", str(INSIDE), str(kernel.folder), kernel.release, str(cgroup), str(Path(__file__).parents[2])]
+    may_sleep = copy is not None
+    inside = ["sh", str(INSIDE), str(kernel.folder), kernel.release, str(cgroup), "copy" if may_sleep else "overlay"]
+    inside += [str(Path(__file__).parents[2])]
     with tempfile.NamedTemporaryFile(prefix="llmtraced-guest-", suffix=".img", dir=default_cache_dir()) as disk:
         disk.truncate(DISK_BYTES)
-        _output("/sbin/mkfs.ext4", "-q", "-F", disk.name)
+        with _root(copy, default_cache_dir()) if copy is not None else contextlib.nullcontext() as root:
+            _output("/sbin/mkfs.ext4", "-q", "-F", *(("-d", str(root)) if root else ()), disk.name)
         guest = [vng, "--run", str(kernel.image), "--disable-kvm", "--user", "root", "--cpus", "2", "--memory", memory]
-        guest += [f"--qemu-opts={SHARE} -drive file={disk.name},format=raw,if=virtio,cache=none"]
+        monitor = f" {MONITOR}path={disk.name}.monitor" if may_sleep else ""
+        guest += [f"--qemu-opts={SHARE} -drive file={disk.name},format=raw,if=virtio,cache=none{monitor}"]
         # In a session of its own, so that what is killed is this guest and nothing else.
         child = subprocess.Popen(
             [*guest, "--", shlex.join([*inside, *command])],
@@ -153,6 +193,9 @@ def run(kernel: Kernel, command: Sequence[str], *, cgroup: int = 2, memory: str 
         assert child.stdout
         printing = threading.Thread(target=_print, args=(child.stdout,))
         printing.start()
+        over = threading.Event()
+        if may_sleep:
+            threading.Thread(target=_press, args=(f"{disk.name}.monitor", over)).start()
         try:
             return child.wait(minutes * 60)
         except subprocess.TimeoutExpired:
@@ -162,7 +205,22 @@ def run(kernel: Kernel, command: Sequence[str], *, cgroup: int = 2, memory: str 
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+            over.set()
             printing.join()
+            Path(f"{disk.name}.monitor").unlink(missing_ok=True)
+
+
+def _press(monitor: str, over: threading.Event) -> None:
+    """Press the guest's power button now and then: QEMU's clock wakes it from suspension to memory only."""
+    while not over.wait(PRESS_SECONDS):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as commands:
+            commands.settimeout(PRESS_SECONDS)
+            commands.connect(monitor)
+            for command in (b"system_powerdown\n", b""):  # of a command that nobody waits for it reads half
+                answer = b""
+                while not answer.endswith(b"\r\n(qemu) ") and (more := commands.recv(4096)):
+                    answer += more
+                commands.sendall(command)
 
 
 def _print(stream: IO[bytes]) -> None:
@@ -178,15 +236,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cgroup", type=int, choices=(1, 2), default=2, help="version of the memory controller")
     parser.add_argument("--memory", default="4G", help="of the guest (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=30, help="after which it is killed (default: %(default)g)")
+    parser.add_argument("--copy", action="store_true", help="needs no file of this machine after it was suspended")
     parser.add_argument("--server", action="store_true", help="have a llama-server for it, built if there is none yet")
     parser.add_argument("command", nargs="+", help="and its arguments, after --")
     chosen = parser.parse_args(argv)
     try:
         kernel = ensure_kernel(chosen.kernel)
         command = chosen.command
+        files = []
         if chosen.server:
-            command = ["env", f"LLMTRACED_LLAMA_SERVER={ensure_portable_llama_server()}", *command]
-        return run(kernel, command, cgroup=chosen.cgroup, memory=chosen.memory, minutes=chosen.minutes)
+            server = ensure_portable_llama_server()
+            command = ["env", f"LLMTRACED_LLAMA_SERVER={server}", *command]
+            files = [server.parents[1]]
+        settings = {"cgroup": chosen.cgroup, "memory": chosen.memory, "minutes": chosen.minutes}
+        return run(kernel, command, **settings, copy=files if chosen.copy else None)
     except LlmtracedError as error:
         print(f"boot.py: {error}", file=sys.stderr)
         return error.exit_code

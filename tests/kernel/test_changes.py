@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,26 @@ def test_a_cpu_that_goes_offline_and_comes_back(program: Path, small_model: Path
         (end,) = daemon.said("end", pid=server.pid)
         rows = open_trace(daemon.trace, end["session"]).table("faults").collect()
         assert rows["major"].null_count() == 0, "each has an end"
+
+
+def test_a_cpu_that_was_away_while_the_daemon_did_not_look(program: Path, small_model: Path, tmp_path: Path) -> None:
+    """As all but the first are while the machine is suspended: at each look it is online."""
+    switch = Path("/sys/devices/system/cpu/cpu1/online")
+    need(switch.exists(), "needs a second CPU that can be taken offline")
+    with Daemon(tmp_path / "trace", tmp_path / "daemon.log") as daemon, MadeUp(program, small_model) as server:
+        daemon.found(server.pid)
+        os.sched_setaffinity(server.pid, {1})
+        assert counts(daemon, server)
+        os.kill(daemon.process.pid, signal.SIGSTOP)
+        try:
+            switch.write_text("0")
+            switch.write_text("1")
+        finally:
+            os.kill(daemon.process.pid, signal.SIGCONT)
+        os.sched_setaffinity(server.pid, {1})
+        wait_until(lambda: "CPU 1 has come online" in daemon.log.read_text(), 20, "it is seen to have been away")
+        assert counts(daemon, server)
+        assert "CPU 0 has" not in daemon.log.read_text()
 
 
 def test_old_traces_are_deleted_at_the_start(tmp_path: Path) -> None:

@@ -249,6 +249,39 @@ def test_a_later_boot_is_newer_although_its_clock_began_again(trace: Builder) ->
     assert open_trace(trace.path).session == "bbbbbbbb-1-1"
 
 
+def test_a_clock_that_is_set_back_makes_no_session_older(trace: Builder) -> None:
+    hour = 3600 * 10**9
+    for number, offset in ((1, 100 * hour), (2, 76 * hour), (3, 52 * hour)):
+        start = number * hour
+        trace.write(
+            "tokens",
+            [{"start_ns": start, "end_ns": start}],
+            session=f"aaaaaaaa-{number}-1.1",
+            realtime_offset_ns=offset,
+        )
+    trace.write("tokens", [{"start_ns": hour, "end_ns": hour}], session="bbbbbbbb-1-1.1", realtime_offset_ns=56 * hour)
+    trace.write("tensors", [], session="aaaaaaaa-9-1.4000000", realtime_offset_ns=52 * hour)  # 4000 s: no rows
+    assert [name[:10] for name in open_trace(trace.path).sessions] == [
+        "aaaaaaaa-1",
+        "aaaaaaaa-9",
+        "aaaaaaaa-2",
+        "aaaaaaaa-3",
+        "bbbbbbbb-1",
+    ]
+
+
+def test_a_session_began_by_the_clock_of_its_beginning(trace: Builder) -> None:
+    trace.write("faults", [{"timestamp": 2000}], realtime_offset_ns=10**18)
+    trace.write("faults", [{"timestamp": 5000}], realtime_offset_ns=2 * 10**18)
+    trace.write("tokens", [{"start_ns": 1000, "end_ns": 6000}, {"start_ns": 5500}], realtime_offset_ns=2 * 10**18)
+    trace.write("tensors", [], realtime_offset_ns=2 * 10**18)
+    opened = open_trace(trace.path)
+    assert opened.first_ns == 1000
+    assert opened.meta["realtime_offset_ns"] == 10**18
+    trace.write("faults", [{"timestamp": 100}], session="aaaaaaaa-1-1", realtime_offset_ns=None)
+    assert open_trace(trace.path, "aaaaaaaa").meta["realtime_offset_ns"] is None
+
+
 @pytest.mark.parametrize(("wanted", "why"), [("nope", "is no session"), ("0badcafe", "matches several")])
 def test_a_session_that_is_not_there(trace: Builder, wanted: str, why: str) -> None:
     trace.write("tokens", [], session="0badcafe-1-1")

@@ -55,6 +55,26 @@ def test_an_older_kernel_has_its_image_in_boot(tmp_path: Path) -> None:
     assert boot.Kernel(tmp_path, "6.1").image == tmp_path / "boot/vmlinuz-6.1"
 
 
+def test_a_copied_root_has_each_file_once_and_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = tmp_path / "machine"
+    for name in ("lib/so", "python/bin/python3", "repo/.venv/bin/pytest", "repo/tests/guest/boot.py", "server/bin/it"):
+        (machine / name).parent.mkdir(parents=True, exist_ok=True)
+        (machine / name).write_text(name)
+    (machine / "lib64").symlink_to("lib")
+    monkeypatch.setattr(boot, "COPIED", tuple(str((machine / name).relative_to("/")) for name in ("lib*", "nowhere*")))
+    monkeypatch.setattr(boot, "__file__", str(machine / "repo/tests/guest/boot.py"))
+    monkeypatch.setattr(boot.sys, "executable", str(machine / "python/bin/python3"))
+    monkeypatch.setattr(boot.sys, "prefix", str(machine / "repo/.venv"))
+    (tmp_path / "cache").mkdir()
+    with boot._root([machine / "server"], tmp_path / "cache") as root:
+        found = root / machine.relative_to("/")
+        assert {str(p.relative_to(found)) for p in found.rglob("*") if p.is_file() and not p.is_symlink()} == {
+            str(p.relative_to(machine)) for p in machine.rglob("*") if p.is_file() and not p.is_symlink()
+        }
+        assert (found / "lib64").is_symlink()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_what_is_no_kernel_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(boot, "_output", lambda *command, cwd=None: "coreutils\n  Depends: libc6\n")
     with pytest.raises(LlmtracedError, match="coreutils is no package of a kernel"):

@@ -134,6 +134,49 @@ def test_pages_are_the_unit_of_the_page_cache_s_account(recorder: Recorder, trac
     assert {p.name for p in tmp_path.iterdir()} == {"tensors", "pagecache", "reads", "routing", "tokens"}
 
 
+def test_each_file_tells_the_time_of_its_own_rows(
+    recorder: Recorder,
+    tracer: FakeTracer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Over clocks that are set and machines that sleep: the interval ends there, and goes by what held before."""
+    caplog.set_level("INFO")
+    second = 10**9
+    now = [1000 * second]
+    monkeypatch.setattr(module.clock, "realtime_offset_ns", lambda: now[0])
+
+    def record(n: int) -> None:
+        counted(recorder, 0, Probe.FAULTS, n)
+        tracer.ring_batches.append(events(*[event(Kind.FAULT, n, epoch=tracer.epoch, **FAULT)] * n))
+        recorder.poll()
+        recorder.wait()
+
+    session = add(recorder, tmp_path)
+    record(1)
+    assert files(tmp_path, "faults") == [], "it is not time yet"
+    for n, jump in enumerate((3600 * second, -7200 * second, second // 10), 2):
+        now[0] += jump
+        record(n)
+        assert len(files(tmp_path, "faults")) == min(n - 1, 2), "what is small is made up for when it is time"
+    now[0] += second // 10
+    flushed(recorder)
+    offsets = [
+        (pq.read_metadata(path).num_rows, json.loads(pq.read_schema(path).metadata[METADATA_KEY])["realtime_offset_ns"])
+        for path in sorted((tmp_path / "faults").iterdir())
+    ]
+    assert offsets == [(1 + 2, 1000 * second), (3, 4600 * second), (4, -2600 * second)]
+    assert caplog.text.count("the clock was set, or the machine suspended: ") == 2
+    assert "suspended: +3600.0 s" in caplog.text
+    removed(recorder, session)
+    now[0] = 5 * second  # nobody was looking
+    add(recorder, tmp_path, "t")
+    recorder.wait()
+    (late,) = (tmp_path / "tensors").glob("t-*")
+    assert json.loads(pq.read_schema(late).metadata[METADATA_KEY])["realtime_offset_ns"] == 5 * second
+
+
 def test_records_under_way_are_waited_for(recorder: Recorder, tracer: FakeTracer, tmp_path: Path) -> None:
     add(recorder, tmp_path)
     counted(recorder, 0, Probe.FAULTS, 3)

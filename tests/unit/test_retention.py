@@ -114,13 +114,35 @@ def test_by_size(tmp_path: Path) -> None:
     assert names(tmp_path) == {"s3-000000.parquet", "s4-000000.parquet"}
 
 
-def test_a_clock_that_is_set_wrong_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", [-9 * DAY, -0.9 * DAY, 0.9 * DAY, 9 * DAY, 4e9])
+def test_a_clock_that_is_set_deletes_nothing(tmp_path: Path, step: float) -> None:
+    wall = [0.0]
+    keeper = Keeper(tmp_path, DAY, 0, lambda: time.time() + wall[0])
+    for session, age in (("gone", 1.1 * DAY), ("before", 0.9 * DAY)):
+        write(tmp_path, session, "host=h/model=m/date=1", age)
+    keeper.prune()
+    wall[0] = step
+    write(tmp_path, "after", "host=h/model=m/date=1", -step)
+    keeper.prune()
+    assert names(tmp_path) == {"before-000000.parquet", "after-000000.parquet"}
+
+
+def test_whoever_starts_then_believes_the_clock(tmp_path: Path) -> None:
     write(tmp_path, "s", "host=h/model=m/date=1", 0)
-    keeper = Keeper(tmp_path, DAY, 0)
-    monkeypatch.setattr(retention.time, "time", lambda: 4e9)  # 2096
+    Keeper(tmp_path, DAY, 0, lambda: 4e9).prune()
+    assert names(tmp_path) == set()
+
+
+def test_age_goes_on_while_the_machine_is_suspended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "s", "host=h/model=m/date=1", 0)
+    slept = [0.0]
+    boottime = time.clock_gettime
+    monkeypatch.setattr(retention.time, "clock_gettime", lambda which: boottime(which) + slept[0])
+    keeper = Keeper(tmp_path, DAY, 0, lambda: time.time() + slept[0])
     keeper.prune()
     assert names(tmp_path) == {"s-000000.parquet"}
-    Keeper(tmp_path, DAY, 0, lambda: time.time()).prune()  # whoever starts then believes it
+    slept[0] = 2 * DAY
+    keeper.prune()
     assert names(tmp_path) == set()
 
 

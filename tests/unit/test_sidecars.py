@@ -53,8 +53,9 @@ def test_names_come_through_as_they_are(tmp_path: Path) -> None:
 def test_what_a_killed_sidecar_left_is_not_handed_on(tmp_path: Path) -> None:
     path = write(tmp_path, 7)
     assert found(tmp_path)
-    os.utime(path, (time.time() - 11,) * 2)
-    assert not found(tmp_path)
+    for away in (-11, 11, 86_400):  # the clock may have been set back since
+        os.utime(path, (time.time() + away,) * 2)
+        assert not found(tmp_path)
 
 
 def test_what_is_not_theirs_is_left_out(tmp_path: Path) -> None:
