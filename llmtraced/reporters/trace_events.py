@@ -58,7 +58,8 @@ def _pieces(trace: Trace, tokens: tuple[int, int] | None, phase: str | None) -> 
         "account": verdict(trace.account),
         "notes": list(trace.notes),
     }
-    yield f'{{"displayTimeUnit":"ms","otherData":{json.dumps(about)},"traceEvents":[\n'.encode()
+    # No displayTimeUnit: Perfetto of 2021 takes "ms" for the unit of ts, which is always microseconds.
+    yield f'{{"otherData":{json.dumps(about)},"traceEvents":[\n'.encode()
     yield ",\n".join(_named(trace, tokens, phase)).encode()
     for events in _events(trace, tokens, phase):
         if events.len():

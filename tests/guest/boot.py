@@ -58,8 +58,8 @@ COPIED: Final = (
 )
 """Below the root, besides Python's own folder and the repository: what compiles, and what is loaded."""
 MONITOR: Final = "-mon chardev=monitor,mode=readline -chardev socket,id=monitor,server=on,wait=off,"
-PRESS_SECONDS: Final = 10.0
-"""Between two presses of the power button, where the guest may be suspended."""
+PRESS_SECONDS: Final = 60.0
+"""Between two presses of the power button, where the guest may be suspended: one keeps it from falling asleep, too."""
 INSIDE: Final = Path(__file__).with_name("inside.sh")
 # The whole root once more: virtme-ng mounts its own without a cache, and every import is a hundred round trips then.
 SHARE: Final = (

@@ -69,7 +69,6 @@ def events(trace: Builder, **more: Any) -> list[dict[str, Any]]:
     assert text.isascii()
     assert text.replace(b"\n", b"").decode().isprintable()
     document = json.loads(text, parse_float=str)  # exactly as written
-    assert document["displayTimeUnit"] == "ms"
     found: list[dict[str, Any]] = document["traceEvents"]
     assert all({"name", "ph", "pid", "tid"} <= set(event) for event in found)
     return found
@@ -115,8 +114,7 @@ def test_tokens_layers_operators_and_faults_with_exact_times(trace: Builder) -> 
 def checked(text: bytes) -> dict[tuple[int, int], int]:
     """Check that it is what the format says, read with floating-point numbers as viewers do; return events by track."""
     document = json.loads(text)
-    assert set(document) == {"displayTimeUnit", "otherData", "traceEvents"}
-    assert document["displayTimeUnit"] in ("ms", "ns")
+    assert set(document) == {"otherData", "traceEvents"}, "displayTimeUnit is the unit of ts to some of Perfetto"
     tracks: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
     counters: dict[tuple[int, str], list[float]] = defaultdict(list)
     named = set()
