@@ -121,11 +121,8 @@ class Recorder:
         self.tracer.follow_cpus()
         n = self._drain()
         due = time.monotonic() - self._flushed >= self.flush_seconds
-        jump = clock.realtime_offset_ns() - self._offset
-        if abs(jump) > _JUMP_NS:
-            log.info("the clock was set, or the machine suspended: %+.1f s", jump / 1e9)
-            due = True  # what has been recorded goes by the old offset
-        if due or any(s.buffered > _BUFFERED_EVENTS for s in self.sessions.values()):
+        jumped = abs(clock.realtime_offset_ns() - self._offset) > _JUMP_NS  # what has been recorded goes by the old one
+        if due or jumped or any(s.buffered > _BUFFERED_EVENTS for s in self.sessions.values()):
             self.flush()
         return n
 
@@ -167,7 +164,10 @@ class Recorder:
                 with self._counting:
                     self._queued += events.nbytes
                 self.later(partial(self._write, session, events, account, ends, self._offset))
-        self._offset = clock.realtime_offset_ns()
+        before, self._offset = self._offset, clock.realtime_offset_ns()
+        jump = self._offset - before
+        if abs(jump) > _JUMP_NS:  # since poll() looked, it may be
+            log.info("the clock was set, or the machine suspended: %+.1f s", jump / 1e9)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

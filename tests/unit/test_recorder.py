@@ -169,6 +169,17 @@ def test_each_file_tells_the_time_of_its_own_rows(
     assert offsets == [(1 + 2, 1000 * second), (3, 4600 * second), (4, -2600 * second)]
     assert caplog.text.count("the clock was set, or the machine suspended: ") == 2
     assert "suspended: +3600.0 s" in caplog.text
+
+    def set_meanwhile(number: int) -> Any:
+        now[0] += 60 * second
+        return end_epoch(number)
+
+    end_epoch = session.end_epoch
+    monkeypatch.setattr(session, "end_epoch", set_meanwhile)
+    flushed(recorder)
+    assert "suspended: +60.0 s" in caplog.text, "set while an interval ended"
+    monkeypatch.undo()
+    monkeypatch.setattr(module.clock, "realtime_offset_ns", lambda: now[0])
     removed(recorder, session)
     now[0] = 5 * second  # nobody was looking
     add(recorder, tmp_path, "t")
