@@ -11,7 +11,7 @@ import os
 import struct
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ from llmtraced.target import Symbol
 __all__ = ["Tracer"]
 
 log = logging.getLogger(__name__)
+
+_LATE_NS: Final = 20_000_000  # by which an event's clock may be behind: two ticks of a machine whose clock is coarse
 
 _UNPLACED = 0  # CONFIG_* in bpf/common.h
 
@@ -88,7 +90,7 @@ class Tracer:
         self._accounts = kernel.map_array(maps["accounts"], ACCOUNT, int(np.prod(shape))).reshape(shape)
         self._kernel_fds: list[int] = []
         self._cpu_fds: dict[int, list[int]] = {}
-        self._cpu_times: dict[int, int] = {}
+        self._cpu_times: dict[int, tuple[int, int]] = {}  # for how long its event had counted when it was looked at
         self._process_fds: dict[int, dict[str, int]] = {}
         self._uprobes: dict[int, dict[str, Symbol]] = {}
         self._slot_pids: dict[int, int] = {}
@@ -133,15 +135,22 @@ class Tracer:
     def follow_cpus(self) -> None:
         """Attach to CPUs that have come online: a software event is one CPU's, and ends when that goes offline.
 
-        A CPU may have gone and come back since the last look; all but one do while the machine is suspended.
+        A CPU may have gone and come back since the last look; all but one do while the machine is suspended. Its event
+        has counted less time since than has passed.
         """
         if not self._kernel_fds:
             return
         online = set(kernel.online_cpus())
-        times = {cpu: kernel.time_enabled(fds[0]) for cpu, fds in self._cpu_fds.items()}
-        ended = {cpu for cpu, enabled in times.items() if cpu not in online or enabled == self._cpu_times.get(cpu)}
-        self._cpu_times = times
-        for cpu in sorted(ended):
+        ended = []
+        for cpu, own in sorted(self._cpu_fds.items()):
+            before = time.monotonic_ns()
+            enabled = kernel.time_enabled(own[0])
+            counted, seen = self._cpu_times.get(cpu, (enabled, before))
+            if cpu not in online or enabled - counted < before - seen - _LATE_NS:
+                ended.append(cpu)
+            self._cpu_times[cpu] = enabled, time.monotonic_ns()
+        for cpu in ended:
+            del self._cpu_times[cpu]
             for fd in self._cpu_fds.pop(cpu):
                 os.close(fd)
             log.warning("CPU %d has gone offline", cpu)

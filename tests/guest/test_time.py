@@ -141,8 +141,9 @@ STAGES: Final[dict[str, Callable[[], None]]] = {
     "a day forward": lambda: set_clock(DAY),
     "and back": lambda: set_clock(-DAY),
     "a day back": lambda: set_clock(-DAY),
-    "suspended to idle": lambda: suspend("freeze"),
+    # In this order: an alarm that did not wake it from idle stays pending, and nothing sleeps in memory then.
     "suspended to memory": lambda: suspend("mem"),
+    "suspended to idle": lambda: suspend("freeze"),
     # Not a whole day: what was written meanwhile would look older than half a day, and be deleted.
     "and forward": lambda: set_clock(DAY / 3),
 }
