@@ -310,13 +310,16 @@ def _in_order(files: Iterable[_File]) -> tuple[str, ...]:
 
 
 def _first_offset(files: Iterable[_File]) -> dict[str, int]:
-    """Return ``realtime_offset_ns`` of the file that was written first: later ones tell of a clock set meanwhile."""
+    """Return ``realtime_offset_ns`` of the file that was written first: later ones tell of a clock set meanwhile.
+
+    A token's row is written when it ends, which may be long after the start that it has: other tables say it better.
+    """
     known = [
-        (file.last_ns, file.offset_ns)
+        (file.table == "tokens", file.last_ns, file.offset_ns)
         for file in files
         if file.last_ns is not None and file.meta.get("realtime_offset_ns") is not None
     ]
-    return {"realtime_offset_ns": min(known)[1]} if known else {}
+    return {"realtime_offset_ns": min(known)[-1]} if known else {}
 
 
 def _choose(sessions: tuple[str, ...], wanted: str | None, folder: Path) -> str:

@@ -273,7 +273,7 @@ def test_a_clock_that_is_set_back_makes_no_session_older(trace: Builder) -> None
 def test_a_session_began_by_the_clock_of_its_beginning(trace: Builder) -> None:
     trace.write("faults", [{"timestamp": 2000}], realtime_offset_ns=10**18)
     trace.write("faults", [{"timestamp": 5000}], realtime_offset_ns=2 * 10**18)
-    trace.write("tokens", [{"start_ns": 1000, "end_ns": 6000}, {"start_ns": 5500}], realtime_offset_ns=2 * 10**18)
+    trace.write("tokens", [{"start_ns": 1000, "end_ns": 6000}], realtime_offset_ns=2 * 10**18)  # written at its end
     trace.write("tensors", [], realtime_offset_ns=2 * 10**18)
     opened = open_trace(trace.path)
     assert opened.first_ns == 1000
