@@ -21,7 +21,7 @@ from llmtraced.analysis.walk import FILE, Walk
 from llmtraced.errors import LlmtracedError
 from llmtraced.schema import CAUSES, PAGE
 
-__all__ = ["BLOCK", "CLOCK", "FOLIO", "Marks", "Pages", "Rows", "Steps"]
+__all__ = ["BLOCK", "CLOCK", "FOLIO", "Pages", "Rows", "Steps"]
 
 BLOCK: Final = 16
 """Pages that one fault maps if they are in the cache (64 KiB, aligned): Linux's fault-around."""
@@ -39,51 +39,13 @@ _PAGES: Final = 1 << FILE - _SHIFT  # of a file, at most
 
 
 @dataclass(frozen=True, slots=True)
-class Marks:
-    """What happened to some pages at some time, each in one number; negative: nothing, since the recording began."""
-
-    packed: Ints
-
-    @property
-    def known(self) -> Bools:
-        """Whether anything happened."""
-        return self.packed >= 0
-
-    @property
-    def added(self) -> Bools:
-        """Whether the page came in (else it went out)."""
-        return (self.packed & 1).astype(bool)
-
-    @property
-    def cause(self) -> Ints:
-        """Why, as the position in CAUSES."""
-        return self.packed >> 1 & 7
-
-    @property
-    def counted(self) -> Bools:
-        """Whether it was in the phase asked for."""
-        return (self.packed & 16).astype(bool)
-
-    @property
-    def loading(self) -> Bools:
-        """Whether it was while the model was loaded, before the first graph."""
-        return (self.packed & 32).astype(bool)
-
-    @property
-    def ordered(self) -> Bools:
-        """Whether it was in the phase whose order is looked at."""
-        return (self.packed & 64).astype(bool)
-
-    @property
-    def time(self) -> Ints:
-        """When, in ns since the trace's first row."""
-        return self.packed >> CLOCK
-
-
-@dataclass(frozen=True, slots=True)
 class Rows:
     """Rows of the page cache by number; number 0 is that nothing happened yet.
 
+    ``mark`` is what happened and when, in one number; negative: nothing, since the recording began. Its lowest bit is
+    whether the pages came in (else they went out), the next three are the cause, as the position in CAUSES; 16: it was
+    in the phase asked for; 32: while the model was loaded, before the first graph; 64: in the phase whose order is
+    looked at; from bit :data:`CLOCK` on: ns since the trace's first row.
     ``tensor`` is the number in :attr:`Pages.tensors`; ``begin`` and ``end`` are addresses: a file's number in the bits
     from :data:`llmtraced.analysis.walk.FILE` on, below it its bytes. ``who`` is the number of its comm (0 unless asked
     for), of its phase, and of its cause, the latter in 8 bits each.
@@ -130,36 +92,6 @@ class Steps:
     before: Ints
     begin: Ints
     end: Ints
-
-    @property
-    def now(self) -> Marks:
-        """What happens."""
-        return Marks(self.rows.mark[self.row])
-
-    @property
-    def past(self) -> Marks:
-        """What happened before."""
-        return Marks(self.rows.mark[self.before])
-
-    @property
-    def tensor(self) -> Numbers:
-        """The number in :attr:`Pages.tensors`."""
-        return self.rows.tensor[self.row]
-
-    @property
-    def expert(self) -> Numbers:
-        """The number of the expert; negative: none."""
-        return self.rows.expert[self.row]
-
-    @property
-    def tokens(self) -> Numbers:
-        """How many graphs later this is than what was before."""
-        return self.rows.token[self.row] - self.rows.token[self.before]
-
-    @property
-    def nbytes(self) -> Ints:
-        """Their bytes."""
-        return self.end - self.begin
 
     def only(self, some: Any) -> Steps:
         """Return those of the steps."""

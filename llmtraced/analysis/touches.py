@@ -58,7 +58,7 @@ class Evidence:
         Args:
             steps: in order of time from call to call.
         """
-        end = int(steps.now.time.max(initial=-1))
+        end = int((steps.rows.mark[steps.row] >> CLOCK).max(initial=-1))
         tensors = (self._pages.count,)
         self._merged, self._layer = grown(self._merged, tensors), grown(self._layer, tensors)
         tensor, chosen = _owners(

@@ -28,6 +28,7 @@ from typing import Any, Final, Self
 import gguf
 import numpy as np
 
+from llmtraced.bench.engine import stop
 from llmtraced.bench.figures import machine, spread
 from llmtraced.bench.pressure import drop_cache
 from llmtraced.bench.switch import cpu_seconds
@@ -125,12 +126,7 @@ class _Served:
 
     def _end(self) -> None:
         assert self.daemon.stdout is not None
-        self.daemon.terminate()
-        try:
-            self.daemon.wait(30)
-        except subprocess.TimeoutExpired:
-            self.daemon.kill()
-            self.daemon.wait()
+        stop(self.daemon, 30)
         self.daemon.stdout.close()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -234,11 +230,11 @@ def targets(scrapes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 def _serve(pid: int, n_tensors: int, trace: str) -> None:
     """Be a daemon that traces one process, until SIGTERM; all else is as the daemon's configuration has it."""
-    stop: list[int] = []
+    told: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _frame: stop.append(received))
+        signal.signal(number, lambda received, _frame: told.append(received))
     config = Config(trace=trace, listen="127.0.0.1:0", tensors=n_tensors, sidecars="")
-    Daemon(config, lambda event: print(json.dumps(event), flush=True), pid, confine=True).run(lambda: bool(stop))
+    Daemon(config, lambda event: print(json.dumps(event), flush=True), pid, confine=True).run(lambda: bool(told))
 
 
 if __name__ == "__main__":

@@ -136,51 +136,54 @@ def test_a_number_that_is_used_again_is_another_process(daemon: Daemon, program:
     assert {one, two} <= set(open_trace(daemon.trace).sessions)
 
 
-def test_a_cpu_that_goes_offline_and_comes_back(program: Path, small_model: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def on_cpu_1(program: Path, small_model: Path, tmp_path: Path) -> Iterator[tuple[Path, Daemon, MadeUp]]:
+    """The switch of the second CPU, which is on again afterwards, and a daemon that sees a server on that CPU."""
+    switch = Path("/sys/devices/system/cpu/cpu1/online")
+    need(switch.exists(), "needs a second CPU that can be taken offline")
+    with Daemon(tmp_path / "trace", tmp_path / "daemon.log") as daemon, MadeUp(program, small_model) as server:
+        daemon.found(server.pid)
+        os.sched_setaffinity(server.pid, {1})
+        assert counts(daemon, server)
+        try:
+            yield switch, daemon, server
+        finally:
+            switch.write_text("1")
+
+
+def test_a_cpu_that_goes_offline_and_comes_back(on_cpu_1: tuple[Path, Daemon, MadeUp]) -> None:
     """What perf attached to a CPU ends with it: faults there must be seen again when it is back."""
-    switch = Path("/sys/devices/system/cpu/cpu1/online")
-    need(switch.exists(), "needs a second CPU that can be taken offline")
-    with Daemon(tmp_path / "trace", tmp_path / "daemon.log") as daemon, MadeUp(program, small_model) as server:
-        daemon.found(server.pid)
-        os.sched_setaffinity(server.pid, {1})
+    switch, daemon, server = on_cpu_1
+    switch.write_text("0")
+    assert counts(daemon, server), "on the one that is left"
+    wait_until(lambda: "CPU 1 has gone offline" in daemon.log.read_text(), 20, "it is seen to go")
+    switch.write_text("1")
+    wait_until(lambda: "CPU 1 has come online" in daemon.log.read_text(), 20, "it is seen to come")
+    os.sched_setaffinity(server.pid, {1})
+    for _ in range(3):
         assert counts(daemon, server)
-        try:
-            switch.write_text("0")
-            assert counts(daemon, server), "on the one that is left"
-            wait_until(lambda: "CPU 1 has gone offline" in daemon.log.read_text(), 20, "it is seen to go")
-        finally:
-            switch.write_text("1")
-        wait_until(lambda: "CPU 1 has come online" in daemon.log.read_text(), 20, "it is seen to come")
-        os.sched_setaffinity(server.pid, {1})
-        for _ in range(3):
-            assert counts(daemon, server)
-        seen = faults(daemon, server)
-        daemon.end()
-        found = sums(accounts(daemon.trace, "faults", server.pid))
-        assert found == {"counted": seen, "delivered": seen, "dropped": 0}
-        (end,) = daemon.said("end", pid=server.pid)
-        rows = open_trace(daemon.trace, end["session"]).table("faults").collect()
-        assert rows["major"].null_count() == 0, "each has an end"
+    seen = faults(daemon, server)
+    daemon.end()
+    found = sums(accounts(daemon.trace, "faults", server.pid))
+    assert found == {"counted": seen, "delivered": seen, "dropped": 0}
+    (end,) = daemon.said("end", pid=server.pid)
+    rows = open_trace(daemon.trace, end["session"]).table("faults").collect()
+    assert rows["major"].null_count() == 0, "each has an end"
 
 
-def test_a_cpu_that_was_away_while_the_daemon_did_not_look(program: Path, small_model: Path, tmp_path: Path) -> None:
+def test_a_cpu_that_was_away_while_the_daemon_did_not_look(on_cpu_1: tuple[Path, Daemon, MadeUp]) -> None:
     """As all but the first are while the machine is suspended: at each look it is online."""
-    switch = Path("/sys/devices/system/cpu/cpu1/online")
-    need(switch.exists(), "needs a second CPU that can be taken offline")
-    with Daemon(tmp_path / "trace", tmp_path / "daemon.log") as daemon, MadeUp(program, small_model) as server:
-        daemon.found(server.pid)
-        os.sched_setaffinity(server.pid, {1})
-        assert counts(daemon, server)
-        os.kill(daemon.process.pid, signal.SIGSTOP)
-        try:
-            switch.write_text("0")
-            switch.write_text("1")
-        finally:
-            os.kill(daemon.process.pid, signal.SIGCONT)
-        os.sched_setaffinity(server.pid, {1})
-        wait_until(lambda: "CPU 1 has come online" in daemon.log.read_text(), 20, "it is seen to have been away")
-        assert counts(daemon, server)
-        assert "CPU 0 has" not in daemon.log.read_text()
+    switch, daemon, server = on_cpu_1
+    os.kill(daemon.process.pid, signal.SIGSTOP)
+    try:
+        switch.write_text("0")
+        switch.write_text("1")
+    finally:
+        os.kill(daemon.process.pid, signal.SIGCONT)
+    os.sched_setaffinity(server.pid, {1})
+    wait_until(lambda: "CPU 1 has come online" in daemon.log.read_text(), 20, "it is seen to have been away")
+    assert counts(daemon, server)
+    assert "CPU 0 has" not in daemon.log.read_text()
 
 
 def test_old_traces_are_deleted_at_the_start(tmp_path: Path) -> None:
