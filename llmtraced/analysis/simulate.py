@@ -16,22 +16,21 @@ import numpy as np
 import polars as pl
 
 from llmtraced.analysis.facts import Facts, facts
+from llmtraced.analysis.measured import Measured
 from llmtraced.analysis.ram import Uses, belady_bytes, pinned_bytes
 from llmtraced.analysis.trace import Trace, collect, verdict
 from llmtraced.analysis.twolist import TwoLists
 from llmtraced.errors import LlmtracedError, printable
+from llmtraced.prefetch.policy import slack_for, window_for
 from llmtraced.schema import PAGE
 
-__all__ = ["BIN_NS", "POLICIES", "PREPARE", "SHARES", "STARTS", "WINDOW", "best_rate", "pages", "simulate"]
+__all__ = ["BIN_NS", "POLICIES", "PREPARE", "SHARES", "STARTS", "best_rate", "pages", "simulate"]
 
 POLICIES: Final = ("lru", "pin", "pin+stream", "belady")
 """What is replayed: the kernel as it is, pinned bytes, pinned bytes with the rest read ahead, the best possible."""
 
 SHARES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.1)
 """RAM sizes of the curve, as shares of what can be used."""
-
-WINDOW: Final = 64 << 20
-"""Bytes of RAM that a policy which pins keeps free, for what is not pinned to pass through."""
 
 STARTS: Final = ((0.03, 1), (0.04, 2), (0.05, 3))
 """What the kernel's replays begin with, whose mean counts: the share of the model on its active list (a load left 4 %),
@@ -48,6 +47,7 @@ BIN_NS: Final = 100_000_000
 
 _PIECES: Final = 800  # a replay follows about so many stretches of the model
 _THREADS: Final = 2  # compute at different places of a tensor
+_SAME: Final = 0.02  # share by which a token's bytes may differ where the model is the same
 _LARGEST: Final = 16 << 20  # bytes: readahead of 8 MB, doubled by POSIX_FADV_SEQUENTIAL
 
 
@@ -55,8 +55,9 @@ def simulate(
     trace: Trace,
     rams: Sequence[int] = (),
     disk_bandwidth: float | None = None,
-    window: int = WINDOW,
+    window: int | None = None,
     phase: str | None = None,
+    machine: Measured | None = None,
 ) -> dict[str, Any]:
     """Return the report; docs/reports/simulate.md has every field.
 
@@ -64,11 +65,12 @@ def simulate(
         trace: an open trace.
         rams: bytes for the model's pages that are looked at besides :data:`SHARES`.
         disk_bandwidth: bytes/s; None: the most that the trace shows.
-        window: bytes that ``pin`` and ``pin+stream`` do not pin.
+        window: bytes that ``pin`` and ``pin+stream`` do not pin; None: what the sidecar takes, by RAM.
         phase: whose tokens; by default decoding.
+        machine: what was measured of the machine with this model, instead of what the trace shows.
 
     Raises:
-        LlmtracedError: the trace does not tell what tokens use or how long they take.
+        LlmtracedError: the trace does not tell what tokens use or how long they take; another model was measured.
     """
     known = facts(trace, phase)
     used, late = known.uses, known.tokens.tail(max(known.tokens.height // 2, 1)).drop_nulls("stall_ns")
@@ -78,10 +80,16 @@ def simulate(
         raise LlmtracedError(f"{where}: nothing can be simulated: {lack}; record decoding with --detail ops")
     if not late.height:
         raise LlmtracedError(f"{where}: nothing can be simulated: no token whose time and stall are known")
+    if machine is not None and abs(machine.bytes_per_token / used.bytes_per_token - 1) > _SAME:
+        lack = f"a token used {machine.bytes_per_token:.0f} bytes there, and {used.bytes_per_token:.0f} here"
+        raise LlmtracedError(f"{where}: another model was measured: {lack}")
     compute = float((late["duration_ns"] - late["stall_ns"]).median())  # type: ignore[arg-type]
     best = best_rate(trace)
+    cost, exposed, source = _stall_per_byte(late, used.bytes_per_token), 0.0, "trace"
+    if machine is not None:
+        compute, best, exposed, source = machine.compute_ns, machine.disk, machine.exposed, "bench"
+        cost = machine.stall_ns_per_byte or cost
     disk = disk_bandwidth or best
-    cost = _stall_per_byte(late, used.bytes_per_token)
     measured = float(late["bytes_read"].mean())  # type: ignore[arg-type]
     total = int(used.sizes.sum())
     peak = known.peak_resident_bytes
@@ -93,7 +101,8 @@ def simulate(
     rows = []
     for ram in sorted(points):
         reads = _kernel(sizes, sequence, ram, ahead)
-        pinned, streamed = pinned_bytes(used, max(ram - window, 0)), pinned_bytes(used, ram)
+        free = _window(total, ram) if window is None else window
+        pinned, streamed = pinned_bytes(used, max(ram - free, 0)), pinned_bytes(used, ram)
         each = max(used.tokens - used.warm, 1)
         whole = ram >= total
         read: dict[str, float] = {
@@ -103,16 +112,17 @@ def simulate(
             "belady": belady_bytes(used, ram) / each,
         }
         spread = {"low": 0, "high": 0} if whole else {"low": round(min(reads)), "high": round(max(reads))}
-        bound = _overlapped(compute, streamed / each, disk)
+        bound = _overlapped(compute, streamed / each, disk, 0.0)
         rows.append(
             {
                 "ram_bytes": ram,
                 "ram_share": ram / total,
+                "window_bytes": free,
                 "bound_ns_per_token": bound,
                 "policies": [
                     {
                         "policy": policy,
-                        **_timed(policy, read[policy], compute, cost, disk),
+                        **_timed(policy, read[policy], compute, cost, disk, exposed),
                         **({f"bytes_{k}": v for k, v in spread.items()} if policy == "lru" else {}),
                     }
                     for policy in POLICIES
@@ -132,9 +142,9 @@ def simulate(
         "compute_ns_per_token": compute,
         "stall_ns_per_byte": cost,
         "disk_bytes_per_second": disk,
-        "disk_source": "given" if disk_bandwidth else "trace" if best else None,
+        "disk_source": "given" if disk_bandwidth else source if best else None,
+        "exposed_share": exposed,
         "readahead_bytes": ahead,
-        "window_bytes": window,
         "measured": _measured(known, late),
         "curve": rows,
         "account": trace.account,
@@ -208,16 +218,24 @@ def _readahead(late: pl.DataFrame) -> int:
     return min(read // majors // 2, _LARGEST) if majors and read else _LARGEST
 
 
-def _overlapped(compute: float, read: float, disk: float | None) -> float | None:
+def _window(total: int, ram: int) -> int:
+    """Return what the sidecar does not pin, bytes: what passes through, and what it leaves free."""
+    slack = slack_for(ram)
+    return window_for(total, max(ram - slack, 0)) + slack
+
+
+def _overlapped(compute: float, read: float, disk: float | None, exposed: float) -> float | None:
     """Return the time of a token whose reads go on behind its computing; None: the disk's speed is not known."""
     if not read:
         return compute
-    return max(compute, read / disk * 1e9) if disk else None
+    return max(compute, read / disk * 1e9 + exposed * compute) if disk else None
 
 
-def _timed(policy: str, read: float, compute: float, cost: float | None, disk: float | None) -> dict[str, Any]:
+def _timed(
+    policy: str, read: float, compute: float, cost: float | None, disk: float | None, exposed: float
+) -> dict[str, Any]:
     if policy in ("pin+stream", "belady"):
-        ns = _overlapped(compute, read, disk)
+        ns = _overlapped(compute, read, disk, exposed if policy == "pin+stream" else 0.0)
     else:
         each = cost if cost is not None else 1e9 / disk if disk else None
         ns = compute if not read else None if each is None else compute + read * each

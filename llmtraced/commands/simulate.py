@@ -3,6 +3,7 @@
   llmtraced simulate trace/                        10 to 110 % of the model
   llmtraced simulate trace/ --ram 1.2G --ram 4G    these sizes, too
   llmtraced simulate trace/ --disk-bandwidth 2G/s --plot curve.svg
+  llmtraced simulate trace/ --bench bench.json     times as this machine has them
   llmtraced simulate trace/ --experts              which experts to keep and to fetch
 
 Policies: lru (the kernel as it is), pin (as much as fits is pinned, the rest
@@ -22,10 +23,12 @@ import sys
 from pathlib import Path
 
 from llmtraced import values
-from llmtraced.analysis.simulate import WINDOW, simulate
+from llmtraced.analysis.measured import Measured, measured
+from llmtraced.analysis.simulate import simulate
 from llmtraced.analysis.simulate_experts import simulate_experts
 from llmtraced.analysis.trace import open_trace
 from llmtraced.commands._output import add_output_arguments, check_output, write_output
+from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.reporters import plots, text
 from llmtraced.reporters import simulate as show_curve
 from llmtraced.reporters import simulate_experts as show_experts
@@ -48,8 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window",
         metavar="SIZE",
         type=_size,
-        default=WINDOW,
-        help="RAM that policies which pin leave for the rest to pass through (default: 64M)",
+        help="RAM that policies which pin leave for the rest to pass through (default: what the sidecar leaves)",
+    )
+    parser.add_argument(
+        "--bench",
+        metavar="FILE",
+        type=Path,
+        help="figures of this machine and model, of `bench prefetch --json`, instead of the trace's",
     )
     parser.add_argument("--json", action="store_true", help="complete figures as JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw it too, as .png or .svg (needs matplotlib)")
@@ -63,11 +71,14 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.output, args.plot):
         check_output(path, args.force)
     picture = None if args.plot is None else plots.require(args.plot)
+    if args.bench is not None and args.experts:
+        raise LlmtracedError("--bench tells nothing of experts", USAGE)
+    machine = None if args.bench is None else _measured(args.bench)
     trace = open_trace(args.trace, args.session)
     if args.experts:
         report = simulate_experts(trace, args.ram, args.disk_bandwidth)
     else:
-        report = simulate(trace, args.ram, args.disk_bandwidth, args.window, args.phase)
+        report = simulate(trace, args.ram, args.disk_bandwidth, args.window, args.phase, machine)
     show = show_experts if args.experts else show_curve
     if args.json:
         body = json.dumps(report, indent=2) + "\n"
@@ -79,6 +90,13 @@ def run(args: argparse.Namespace) -> int:
         write_output(show.draw(report, picture), args.plot)
     write_output(body.encode(), args.output)
     return 0
+
+
+def _measured(path: Path) -> Measured:
+    try:
+        return measured(json.loads(path.read_bytes()))
+    except (OSError, ValueError, LlmtracedError) as error:
+        raise LlmtracedError(f"{printable(str(path))}: {printable(str(error))}") from None
 
 
 def _size(word: str) -> int:

@@ -28,7 +28,7 @@ from llmtraced.prefetch import plan as plans
 from llmtraced.prefetch import unit
 from llmtraced.prefetch.clock import BEGIN, TickRing
 from llmtraced.prefetch.plan import Plan
-from llmtraced.prefetch.policy import CHUNK
+from llmtraced.prefetch.policy import CHUNK, slack_for
 from llmtraced.prefetch.routing import mixture
 from llmtraced.prefetch.told import FOLDER
 from llmtraced.probes import ticks as tick_probes
@@ -51,8 +51,6 @@ STRATEGIES: Final[Mapping[str, Mapping[str, Any]]] = {
 experts, and by which way of reading (empty: a short calibration says)."""
 
 _GRAPH_TRIES: Final = 8
-_SLACK_SHARE: Final = 200  # one part in so many of the memory stays free, and
-_LEAST_SLACK: Final = 8 << 20
 _MOST_WIDTH: Final = 16_384
 _NEVER: Final = 1 << 40  # tokens to watch first
 _LOCKED: Final = 0.9  # of what is mapped
@@ -360,7 +358,7 @@ def configuration(
     if options.path:
         strategy["path"] = options.path
     limit = group.limit if group and group.limit else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    slack = options.slack if options.slack is not None else max(limit // _SLACK_SHARE, _LEAST_SLACK)
+    slack = options.slack if options.slack is not None else slack_for(limit)
     return {
         "pid": target.pid,
         "pidfd": os.pidfd_open(target.pid),

@@ -10,7 +10,19 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 
-__all__ = ["ABSENT", "CHUNK", "IDLE", "READING", "READY", "Chunk", "Stream", "divide", "lay_out", "window_for"]
+__all__ = [
+    "ABSENT",
+    "CHUNK",
+    "IDLE",
+    "READING",
+    "READY",
+    "Chunk",
+    "Stream",
+    "divide",
+    "lay_out",
+    "slack_for",
+    "window_for",
+]
 
 _BEHIND = 2  # streamed chunks of one operator that several threads may be at, behind the furthest one touched
 
@@ -114,13 +126,22 @@ def divide(chunks: list[Chunk], budget: int, window: int) -> tuple[list[Chunk], 
     )
 
 
-def window_for(chunks: list[Chunk], budget: int) -> int:
+def window_for(total: int, budget: int) -> int:
     """Return the bytes of the window that is good for a budget: a twelfth of what is then streamed in a token.
 
     That much time is ahead when the disk is slow for a moment; within bounds, since it is not pinned.
+
+    Args:
+        total: bytes that a token uses.
+        budget: bytes of memory for them.
     """
-    streamed = max(sum(c.nbytes for c in chunks) - budget, 0)
+    streamed = max(total - budget, 0)
     return min(max(streamed // 12, LEAST_WINDOW), max(min(budget // 8, MOST_WINDOW), LEAST_WINDOW)) // CHUNK * CHUNK
+
+
+def slack_for(limit: int) -> int:
+    """Return the bytes of a memory limit that are left free: half a per cent, at least 8 MiB."""
+    return max(limit // 200, 8 << 20)
 
 
 class Stream:

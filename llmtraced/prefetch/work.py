@@ -77,7 +77,7 @@ class Work:
         """Pin and stream so that ``budget`` bytes are enough, from now on, with the server at ``step``."""
         self._end_stream()
         self._end_pinning()
-        self.window = self.fixed_window or window_for(self.chunks, budget)
+        self.window = self.fixed_window or window_for(sum(c.nbytes for c in self.chunks), budget)
         pin: list[Chunk] = []
         stream = list(self.chunks)
         if self.strategy["pin"]:

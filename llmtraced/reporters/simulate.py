@@ -74,7 +74,9 @@ def _headline(report: Mapping[str, Any]) -> str:
 def _basis(report: Mapping[str, Any]) -> list[str]:
     measured, disk, cost = report["measured"], report["disk_bytes_per_second"], report["stall_ns_per_byte"]
     of = several(measured["tokens"], f"{report['judged_phase'] or ''} token".strip())
-    source = {"given": "as given", "trace": "the most in 100 ms of the trace", None: ""}[report["disk_source"]]
+    source = {"given": "as given", "trace": "the most in 100 ms of the trace", "bench": "as measured", None: ""}[
+        report["disk_source"]
+    ]
     had = f" with {size(measured['ram_bytes'])} of RAM at least" if measured["ram_bytes"] is not None else ""
     lines = [
         f"measured: {size(measured['bytes_per_token'])} read and {duration(measured['ns_per_token'])} per token{had} "
@@ -83,6 +85,8 @@ def _basis(report: Mapping[str, Any]) -> list[str]:
         + ("no stall to learn from" if cost is None else f"{duration(cost * 1e6)} of stall per MB read"),
         "the disk's speed is not known: --disk-bandwidth" if disk is None else f"disk: {size(disk)}/s, {source}",
     ]
+    if report["exposed_share"]:
+        lines.append(f"reading ahead leaves {report['exposed_share']:.0%} of the computing exposed, as measured")
     if report["uses_source"] != "ops":
         lines.append("assumed: each token uses all weights once, in file order (the trace has no operators)")
     return lines

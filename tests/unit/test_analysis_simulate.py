@@ -11,6 +11,7 @@ from test_analysis_trace import Builder
 
 from llmtraced.analysis import simulate as module
 from llmtraced.analysis.facts import facts
+from llmtraced.analysis.measured import Measured
 from llmtraced.analysis.simulate import pages, simulate
 from llmtraced.analysis.trace import open_trace
 from llmtraced.analysis.twolist import TwoLists
@@ -82,6 +83,32 @@ def test_the_disk_may_be_given(trace: Builder) -> None:
     row = next(row for row in report["curve"] if row["ram_bytes"] == 12 * MB)
     assert row["policies"][2]["ns_per_token"] == 10 * MS, "10 MiB arrive while it computes"
     assert simulate(open_trace(trace.path))["disk_source"] == "trace"
+
+
+def test_the_window_is_the_sidecars_own(trace: Builder) -> None:
+    dense(trace)
+    row = run(trace, 19 * MB)[19 * MB]
+    assert row["window_bytes"] == (24 + 8) * MB, "its least window, and what it leaves free at least"
+    assert row["pin+stream"]["bytes_per_token"] == 20 * MB
+
+
+def test_figures_of_a_bench_count_instead_of_the_traces(trace: Builder) -> None:
+    dense(trace)
+    machine = Measured(20 * MB, 8.0 * MS, 200.0 * MB, 3.0 * MS / MB, exposed=0.75, conditions=1)
+    report = simulate(open_trace(trace.path), (12 * MB,), window=2 * MB, machine=machine)
+    assert (report["disk_source"], report["disk_bytes_per_second"]) == ("bench", 200 * MB)
+    row = next(row for row in report["curve"] if row["ram_bytes"] == 12 * MB)
+    lru, pin, stream, belady = row["policies"]
+    assert lru["ns_per_token"] == pytest.approx(8 * MS + lru["bytes_per_token"] / MB * 3 * MS, rel=1e-6)
+    assert pin["ns_per_token"] == 38 * MS, "8 ms, and 10 MiB at 3 ms each"
+    assert stream["ns_per_token"] == 56 * MS, "10 MiB take 50 ms, and 6 of 8 ms of computing are not hidden"
+    assert belady["ns_per_token"] < stream["ns_per_token"], "the best possible hides all"
+    assert row["bound_ns_per_token"] == pytest.approx(40 * MS)
+    assert "leaves 75% of the computing exposed" in render(report, Style(120))
+    report = simulate(open_trace(trace.path), machine=machine, disk_bandwidth=50 * MB)
+    assert report["disk_source"] == "given"
+    with pytest.raises(LlmtracedError, match="another model was measured: a token used 42 bytes there"):
+        simulate(open_trace(trace.path), machine=Measured(42.0, 1.0, 1.0, None, 0.0, 1))
 
 
 def test_a_trace_that_read_nothing_needs_the_disk_to_be_given(trace: Builder) -> None:
