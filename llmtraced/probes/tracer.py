@@ -181,6 +181,7 @@ class Tracer:
         for fds in self._process_fds.values():
             fds.clear()
         self.attached.clear()
+        self._cpu_times.clear()
 
     # --- processes -------------------------------------------------------------------------------------------------
 
