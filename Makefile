@@ -113,7 +113,7 @@ test-guest: venv ## what depends on the kernel, under Debian's own one in QEMU (
 # Each build is compiled once (5 to 8 minutes on 2 cores) or downloaded, into ~/.cache/llmtraced/builds, where the table
 # of results is too. BUILDS=server-9093,python-8233 takes some of them; tests/matrix/builds.py has the list.
 BUILDS ?= all
-test-matrix: venv ## other builds of llama.cpp, each cell of the table in docs/compatibility.md (root, an hour at first)
+test-matrix: venv ## other builds of llama.cpp, each cell of the table in docs/compatibility.md (root, an hour and a half at first)
 	LLMTRACED_E2E=1 LLMTRACED_MATRIX=$(BUILDS) $(AS_ROOT) $(BIN)/python -m pytest tests/matrix -q
 	@cat "$${LLMTRACED_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/llmtraced}/builds/matrix.md"
 

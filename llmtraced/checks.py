@@ -253,6 +253,8 @@ def _hooks(it: target.Target, tracer: Tracer | None) -> Iterator[Check]:
         why = "no function of ggml is found: tokens, operators and experts are not recorded; faults and page cache are"
         remedy = "use a build whose symbols were not stripped, or one with shared libraries"
         yield Check("library", "degraded", why, remedy, required=False)
+    if it.rivalry:
+        yield Check("library", "degraded", it.rivalry, required=False)
     for point in PROCESS_POINTS:
         name, symbol = f"hook {point}", wanted.get(point.symbol)
         if symbol is None and point.beside in it.symbols:

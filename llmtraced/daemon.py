@@ -145,7 +145,7 @@ class Daemon:
 
     def step(self) -> None:
         """Wait a little, take what has come, look for processes when it is time."""
-        loading = any(not s.clocked and not s.problems for s in self._sessions.values())
+        loading = any(session.loading for session in self._sessions.values())
         self.tracer.ring.wait(_LOADING_SECONDS if loading else _WAIT_SECONDS)
         if self._sessions:
             self.recorder.poll()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -25,7 +26,7 @@ from llmtraced.resolve import Resolver
 from llmtraced.rows import RowMaker, TokenBook, as_prompts, join, pick
 from llmtraced.schema import Detail, Kind, Phase, Probe
 from llmtraced.store import TraceWriter
-from llmtraced.target import Target, maps_text, scan
+from llmtraced.target import EVALUATE, Symbol, Target, maps_text, scan
 
 __all__ = ["Account", "Session"]
 
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 _GRAPH_TRIES: Final = 8
 _GRAPHS_AT_ONCE: Final = 4  # that are read for one batch of records
 _GRAPHS: Final = 64  # that are read: a context has a few
+_ASKED_SECONDS: Final = 0.005  # asking a library takes 1 to 3 ms where its pages are in memory
 _SILENT_GRAPHS: Final = 32  # after so many graphs without any, what is hooked is not called
 _NEVER: Final = "its function is hooked and never called in this build (inlined?)"
 _PROBE_OF: Final = {
@@ -123,6 +125,9 @@ class Session:
         self._records = self._dropped = 0
         self._maps = b""
         self._warned: set[str] = set()
+        self._unsettled = phase == Phase.LOAD and EVALUATE in target.symbols
+        self._hooked: dict[str, Symbol] = {}
+        self._lost: list[str] = []
         self._batch_sizes: dict[int, tuple[int, int, int]] = {}
         self._ranges: list[tuple[int, int, int, int]] = []
         self._book = TokenBook(clock.monotonic_ns(), int(phase))
@@ -210,10 +215,15 @@ class Session:
         """Whether the process's graphs are seen."""
         return bool(self.tracer.uprobes(self.slot))
 
+    @property
+    def loading(self) -> bool:
+        """Whether the process may still have other libraries, or its model, at the next look."""
+        return not self.problems and not (self.clocked and self.target.mapped_bytes)
+
     def refresh(self) -> None:
         """Look where the process has its models, and its ggml, now: it may still be loading, or unmap and map more."""
         found = maps_text(self.target.pid)
-        if found == self._maps:
+        if found == self._maps and not self._unsettled:
             return
         self._maps = found
         experts = self._experts
@@ -227,8 +237,17 @@ class Session:
                     self.problems.append(str(error))
                 self._warned.add(str(error))
             self.writer.describe(session_metadata(target, self.detail))
-        if not self.clocked or experts != self._experts:
+        self._unsettled = self._is_being_asked()
+        if not self.clocked or experts != self._experts or self._hooked != self.target.symbols:
             self.set_detail(self.detail)
+
+    def _is_being_asked(self) -> bool:
+        """Whether a library that evaluates graphs is only there to be asked if it is the best for this processor."""
+        library = self.target.symbols.get(EVALUATE)
+        if library is None or self.target.mapped_bytes or library == self._hooked.get(EVALUATE):
+            return False
+        time.sleep(_ASKED_SECONDS)
+        return not self.target.has(library)
 
     @property
     def _experts(self) -> bool:
@@ -238,10 +257,13 @@ class Session:
         """Turn the dial."""
         self.detail = detail
         self.writer.describe({"detail": detail.name.lower()})
-        if "ggml_graph_compute" not in self.target.symbols and not self.target.mapped_bytes:
+        if not self.target.mapped_bytes and (EVALUATE not in self.target.symbols or self._unsettled):
             return  # still loading its libraries
-        lost = self.tracer.set_detail(self.slot, detail, self.target.symbols, experts=self._experts)
-        self.problems = [p for p in self.problems if not p.startswith(("uprobe", "uretprobe"))] + lost
+        self._hooked = self.target.symbols
+        lost = self.tracer.set_detail(self.slot, detail, self._hooked, experts=self._experts)
+        lost += [self.target.rivalry] if self.target.rivalry else []
+        self.problems = [p for p in self.problems if p not in self._lost] + lost
+        self._lost = lost
         for sentence in set(lost) - self._warned:
             log.warning("process %d: %s", self.target.pid, sentence)
         self._warned |= set(lost)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Final
 
 from elftools.common.exceptions import ELFError
 
@@ -23,6 +24,7 @@ from llmtraced.errors import FAILED, NO_PERMISSION, UNSUPPORTED, LlmtracedError,
 from llmtraced.gguf_map import Model, is_gguf, read_model
 
 __all__ = [
+    "EVALUATE",
     "Mapping",
     "ModelFile",
     "Symbol",
@@ -39,6 +41,9 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+EVALUATE: Final = "ggml_graph_compute"
+"""The function that evaluates a graph; a library that has it has the operators, too."""
 
 _MAPS_LINE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)")
 
@@ -225,9 +230,42 @@ class Target:
         return int(found[1]) * 1024 if found else 0
 
     @cached_property
+    def _libraries(self) -> list[dict[str, Symbol]]:
+        return _ggml_symbols(self.pid)
+
+    @cached_property
     def symbols(self) -> dict[str, Symbol]:
-        """Functions of ggml in this process, by name, from whichever mapped object has them."""
-        return dict(_ggml_symbols(self.pid))
+        """Functions of ggml in this process, by name: of one object that evaluates graphs, and of all that do not.
+
+        A build may have a library for each kind of processor (``GGML_CPU_ALL_VARIANTS``). llama.cpp loads one after the
+        other to ask it, and the best of them last: for a moment another one is mapped. Of several that stay it is taken
+        to be the one at the lowest address, for the kernel maps downwards; :attr:`rivals` are the others.
+        """
+        found: dict[str, Symbol] = {}
+        for library in [*self._libraries[:1], *(one for one in self._libraries[1:] if EVALUATE not in one)]:
+            found = library | found
+        return found
+
+    def has(self, symbol: Symbol) -> bool:
+        """Whether the process still has the object with this function."""
+        executable = (m for m in maps(self.pid) if "x" in m.permissions)
+        return any(reachable(self.pid, mapping) == symbol.library for mapping in executable)
+
+    @property
+    def rivals(self) -> list[str]:
+        """Objects that could evaluate graphs, too; theirs are not seen."""
+        return [one[EVALUATE].library for one in self._libraries[1:] if EVALUATE in one]
+
+    @property
+    def rivalry(self) -> str:
+        """What may be lost because of :attr:`rivals`, a sentence; empty if there are none."""
+        if not self.rivals:
+            return ""
+        others = ", ".join(printable(os.path.basename(path)) for path in self.rivals)
+        return (
+            f"ggml is in this process several times: graphs that {printable(self.symbols[EVALUATE].library)} evaluates "
+            f"are seen, those of {others} are not"
+        )
 
 
 def _is_zombie(pid: int) -> bool:
@@ -403,9 +441,10 @@ def prepare(program: str) -> None:
             log.debug("%s: no symbols: %s", path, error)
 
 
-def _ggml_symbols(pid: int) -> Iterator[tuple[str, Symbol]]:
+def _ggml_symbols(pid: int) -> list[dict[str, Symbol]]:
+    """Return the functions of each mapped object that has some, by address; first those that evaluate graphs."""
     seen: set[tuple[int, int]] = set()
-    done: set[str] = set()
+    found = []
     for mapping in maps(pid):
         key = (mapping.device, mapping.inode)
         if "x" not in mapping.permissions or key in seen:
@@ -413,11 +452,10 @@ def _ggml_symbols(pid: int) -> Iterator[tuple[str, Symbol]]:
         seen.add(key)
         path = reachable(pid, mapping)
         try:
-            symbols = _functions(path)
+            functions = _functions(path)
         except (ELFError, OSError, ValueError) as error:
             log.debug("%s: no symbols: %s", mapping.path, error)
             continue
-        for name, offset in symbols.items():
-            if name not in done:
-                done.add(name)
-                yield name, Symbol(path, offset)
+        if functions:
+            found.append({name: Symbol(path, offset) for name, offset in functions.items()})
+    return sorted(found, key=lambda symbols: EVALUATE not in symbols)

@@ -1,7 +1,7 @@
 """Start real engines, alone or in a memory cgroup, and ask them for tokens.
 
 :class:`Server` is an unmodified ``llama-server``; :class:`SyncEngine` a second, different build of llama.cpp
-(``libllama.so`` of a wheel, in a Python process), for what must not depend on one build. :mod:`llmtraced.bench.fetch`
+(``libllama.so`` of a package, in a Python process), for what must not depend on one build. :mod:`llmtraced.bench.fetch`
 gets both; its functions are at hand here too.
 """
 
@@ -275,6 +275,7 @@ class SyncEngine:
         cgroup: start inside it.
         package: the folder with another ``llama-cpp-py-sync`` than the one of :func:`fetch.ensure_sync_package`, which
             is installed in any case: what the package needs is beside it.
+        bindings: the name by which the package is imported, one of :data:`sync_driver.BINDINGS`.
         log: the child's stderr, a temporary file if None.
         deadline_s: how long loading, or one :meth:`generate`, may take.
     """
@@ -288,13 +289,14 @@ class SyncEngine:
         repack: bool = True,
         cgroup: MemoryCgroup | None = None,
         package: Path | str | None = None,
+        bindings: str = "llama_cpp_py_sync",
         log: Path | str | None = None,
         deadline_s: float = 300.0,
     ) -> None:
         self.package = Path(package) if package else None
         driver = Path(__file__).with_name("sync_driver.py")
         self.argv = [sys.executable, "-P", str(driver), str(model), "--threads", str(threads), "--ctx", str(ctx)]
-        self.argv += [] if repack else ["--no-repack"]
+        self.argv += ["--bindings", bindings, *([] if repack else ["--no-repack"])]
         self.cgroup = cgroup
         self.deadline_s = deadline_s
         self._own_log = log is None

@@ -229,6 +229,8 @@ def _open_clock(target: Target, wanted: str, width: int) -> Ticks | None:
         return None
     for sentence in ticks.lost:
         log.info("%s", sentence)
+    if target.rivalry:
+        log.warning("%s", target.rivalry)
     return ticks
 
 

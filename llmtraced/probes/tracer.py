@@ -181,6 +181,7 @@ class Tracer:
         for fds in self._process_fds.values():
             fds.clear()
         self.attached.clear()
+        self._cpu_times.clear()
 
     # --- processes -------------------------------------------------------------------------------------------------
 
@@ -242,7 +243,8 @@ class Tracer:
     ) -> list[str]:
         """Attach to, or detach from, the process's ggml so that ``detail`` is recorded.
 
-        What stays attached is not touched: taking a probe away takes the kernel some 100 ms, in which tokens pass.
+        What stays attached is not touched: taking a probe away takes the kernel some 100 ms, in which tokens pass. What
+        is attached to a library that the process has no more, or no longer uses, goes.
 
         Args:
             slot: of the process.
@@ -253,6 +255,11 @@ class Tracer:
         Returns:
             What is lost for want of symbols or permission, a sentence each; empty if all could be attached.
         """
+        there = set(symbols.values())
+        old = [name for name, symbol in self._uprobes[slot].items() if symbol not in there]
+        ending = [self._process_fds[slot].pop(name) for name in old]
+        for name in old:
+            del self._uprobes[slot][name]
         wanted = [p for p in PROCESS_POINTS if p.detail <= max(detail, Detail.FAULTS)]
         wanted = [p for p in wanted if not p.beside or {p.beside, p.symbol} <= symbols.keys()]
         matrices = None
@@ -269,6 +276,8 @@ class Tracer:
             del self._uprobes[slot][name]
         self.slots["detail"][slot] = int(detail)
         errors = [self._attach_uprobe(slot, point, symbols) for point in wanted if str(point) not in attached]
+        for fd in ending:  # last: the process may be about to evaluate its first graph
+            os.close(fd)
         return [error for error in errors if error]
 
     def _attach_matrices(self, slot: int, symbols: Mapping[str, Symbol]) -> Symbol | None:

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import psutil
@@ -17,6 +19,7 @@ from running import Daemon
 
 from llmtraced.analysis.reread import reread
 from llmtraced.analysis.trace import open_trace
+from llmtraced.bench import models
 from llmtraced.bench.engine import Server, ensure_gemma, ensure_llama_server
 from llmtraced.bench.pressure import MemoryCgroup, drop_cache
 from llmtraced.bench.scrape import write_model
@@ -93,6 +96,48 @@ def test_metrics_and_trace_tell_the_same_story(tmp_path: Path) -> None:
         counted = scraped("llmtraced_events_total", probe=probe, outcome="counted")
         delivered = scraped("llmtraced_events_total", probe=probe, outcome="delivered")
         assert counted == delivered + scraped("llmtraced_events_total", probe=probe, outcome="dropped") > 0
+
+
+class Router(Server):
+    """A llama-server without a model of its own: it starts one for each model of a folder that is asked for."""
+
+    def command(self, port: int) -> list[str]:
+        words = super().command(port)
+        at = words.index("-m")
+        return [*words[:at], "--models-dir", str(self.model.parent), *words[at + 2 :]]
+
+
+def test_the_servers_that_a_router_starts_are_traced(tmp_path: Path) -> None:
+    ensure_llama_server()
+    (tmp_path / "models").mkdir()
+    names = {"one": 7, "two": 11}
+    for name in names:
+        models.write(tmp_path / "models" / f"{name}.gguf", models.dense_preset(20_000_000))
+    with (
+        Daemon(tmp_path / "trace", tmp_path / "daemon.log") as running,
+        Router(tmp_path / "models" / "one.gguf", threads=1, ctx=256, extra=("--no-repack",)) as router,
+    ):
+
+        def graphs(name: str) -> float:
+            return sum(running.total("llmtraced_graphs_total", pid=str(e["pid"])) for e in begun(name))
+
+        def begun(name: str) -> list[dict[str, Any]]:
+            return running.said("begin", models=[f"{name}.gguf"])
+
+        def hooked(name: str) -> float:
+            router.completion([10], 1, model=name)
+            return graphs(name)
+
+        for name in names:
+            wait_until(partial(hooked, name), 20, f"graphs of {name} are seen")
+        children = {name: [e["pid"] for e in begun(name)] for name in names}
+        assert [len(pids) for pids in children.values()] == [1, 1]
+        assert {psutil.Process(pid).ppid() for (pid,) in children.values()} == {router.pid}
+        before = {name: graphs(name) for name in names}
+        for name, n in names.items():
+            router.completion([10, 11, 12], n, model=name)
+        assert {name: graphs(name) - before[name] for name in names} == names
+        assert not running.said("begin", pid=router.pid), "it uses no model itself"
 
 
 def test_2000_tensors_are_exported_one_by_one(tmp_path: Path) -> None:

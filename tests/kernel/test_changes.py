@@ -18,7 +18,8 @@ from llmtraced.analysis.trace import open_trace
 from llmtraced.bench import models
 from llmtraced.capture import Capture
 from llmtraced.metrics import tensor_totals
-from llmtraced.schema import Detail
+from llmtraced.probes.tracer import Tracer
+from llmtraced.schema import Detail, Phase
 
 pytestmark = pytest.mark.kernel
 
@@ -169,6 +170,18 @@ def test_a_cpu_that_goes_offline_and_comes_back(on_cpu_1: tuple[Path, Daemon, Ma
     (end,) = daemon.said("end", pid=server.pid)
     rows = open_trace(daemon.trace, end["session"]).table("faults").collect()
     assert rows["major"].null_count() == 0, "each has an end"
+
+
+def test_a_cpu_was_not_away_because_there_was_nothing_to_trace(caplog: pytest.LogCaptureFixture) -> None:
+    tracer = Tracer()
+    for _ in range(2):
+        slot = tracer.add_process(os.getpid(), Phase.UNKNOWN)
+        time.sleep(0.1)
+        tracer.follow_cpus()
+        tracer.remove_process(slot)
+        tracer.free(slot)
+    tracer.close()
+    assert "offline" not in caplog.text
 
 
 def test_a_cpu_that_was_away_while_the_daemon_did_not_look(on_cpu_1: tuple[Path, Daemon, MadeUp]) -> None:

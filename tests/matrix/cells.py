@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,6 +24,8 @@ from typing import Any
 import polars as pl
 from builds import Build
 from choices import compare, only_the_chosen_are_touched
+from helpers import wait_until
+from running import Daemon
 
 from llmtraced.analysis.trace import open_trace
 from llmtraced.bench import models
@@ -39,6 +41,7 @@ from llmtraced.session import Session
 __all__ = ["CELLS", "Cell", "Models", "make_models"]
 
 TOKENS = 13  # prime
+STARTS = 7
 PROMPT = [11, 12, 14]
 INPUT = ("get_rows", "set_rows", "dup", "cpy")
 NOTHING = ("none", "reshape", "view", "permute", "transpose")
@@ -104,7 +107,8 @@ class Engine:
 def running(build: Build, model: Path, *, repack: bool = False, threads: int = 1) -> Iterator[Engine]:
     """Start a build on a model."""
     if build.python:
-        with SyncEngine(model, threads=threads, ctx=512, repack=repack, package=build.get()) as one:
+        package, bindings = build.get(), build.python
+        with SyncEngine(model, threads=threads, ctx=512, repack=repack, package=package, bindings=bindings) as one:
             yield Engine(one.pid, lambda n, t: one.generate(PROMPT, n, temperature=t)["tokens"])
     else:
         extra = () if repack else ("--no-repack",)
@@ -388,18 +392,51 @@ def _bare(pid: int) -> bool:
     return b"llmtraced.prefetch.sidecar" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
+def _best(libraries: Sequence[Path]) -> Path:
+    """Return the library of which llama.cpp's own score for this processor is the highest."""
+    code = "import ctypes, sys; print(*(ctypes.CDLL(path).ggml_backend_score() for path in sys.argv[1:]))"
+    said = subprocess.check_output([sys.executable, "-c", code, *map(str, libraries)], text=True)
+    scores = dict(zip(libraries, map(int, said.split()), strict=True))
+    return max(libraries, key=lambda path: scores[path])
+
+
+def _starts(build: Build, model: Path, folder: Path, cell: Cell) -> None:
+    """Start it several times beside a daemon, which may find it while its libraries come and go."""
+    with Daemon(folder / "trace", folder / "log") as daemon:
+        for _ in range(STARTS):
+            with running(build, model) as engine:
+
+                def graphs(engine: Engine = engine) -> float:
+                    engine.ask(TOKENS)
+                    return daemon.total("llmtraced_graphs_total", pid=str(engine.pid))
+
+                before = wait_until(graphs, 5, "its graphs are seen")
+                more = graphs() - before
+                cell.check(more == TOKENS, f"started beside a daemon: {more} graphs, not {TOKENS}")
+
+
 def hooks(build: Build, files: Models, folder: Path) -> Cell:
     """What ``check --pid`` says of the build's hooks."""
     cell = Cell()
+    folder.mkdir(parents=True, exist_ok=True)
+    variants = sorted(build.get().parent.glob("libggml-cpu-*.so"))
     with running(build, files.dense) as engine:
         command = [sys.executable, "-m", "llmtraced", "check", "--pid", str(engine.pid), "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    found = [c for c in json.loads(done.stdout)["checks"] if c["name"].startswith("hook ")]
+    checks = json.loads(done.stdout)["checks"]
+    found = [c for c in checks if c["name"].startswith("hook ")]
     lost = [c["name"].removeprefix("hook ") for c in found if c["status"] != "ok"]
     attached = f"{len(found) - len(lost)} of {len(found)}"
     cell.text = "none, and said" if len(lost) == len(found) else attached + "".join(f", no {name}" for name in lost)
     cell.check(found, "nothing is said of hooks")
     cell.check(len(lost) == (len(found) if build.blind else 0), f"not there: {lost}")
+    libraries = [c["detail"].partition(", build id")[0] for c in checks if c["name"] == "library"]
+    cell.check(len(libraries) == 1, f"hooks are in {libraries}")
+    if variants:
+        best = _best(variants)
+        cell.text += f" in {best.name}, of {len(variants)}"
+        cell.check(libraries == [str(best)], f"{libraries}, but {best} is the best for this processor")
+        _starts(build, files.dense, folder, cell)
     return cell
 
 

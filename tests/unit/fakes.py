@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtraced import target as targets
 from llmtraced.gguf_map import Model, Shard, Tensor
 from llmtraced.probes.shared import ACCOUNT, COUNTER, SLOT
 from llmtraced.resolve import Extents
 from llmtraced.schema import EPOCHS, EVENT, SLOTS, Detail, Phase, Probe
-from llmtraced.target import Mapping, ModelFile, Target
+from llmtraced.target import ModelFile, Symbol, Target
 
 NONE = 2**64 - 1
 
@@ -61,10 +62,10 @@ def target(models: dict[str, Model], *, pid: int = 0, base: int | None = 0x7F00_
     for label, one in models.items():
         for number, shard in enumerate(one.shards):
             inode = 1000 + len(files)
-            where: tuple[Mapping, ...] = ()
+            where: tuple[targets.Mapping, ...] = ()
             if at is not None:
                 length = -(-max(shard.size, 1) // 4096) * 4096
-                where = (Mapping(at, at + length, "r--s", 0, 8 << 20, inode, str(shard.path), False),)
+                where = (targets.Mapping(at, at + length, "r--s", 0, 8 << 20, inode, str(shard.path), False),)
                 at += length + 4096
             files.append(ModelFile(label, number, 8 << 20, inode, where))
     made = Target(pid or os.getpid(), 1, "llama-server", ["llama-server"], dict(models), files)
@@ -83,6 +84,7 @@ class FakeTracer:
         self.window: dict[int, list[tuple[int, int, int, int]]] = {}
         self.ring_batches: list[NDArray[Any]] = []
         self.detail: dict[int, Detail] = {}
+        self.hooked: dict[int, dict[str, Symbol]] = {}
         self.lost: list[str] = []
         self.removed: list[int] = []
         self.files_removed: list[int] = []
@@ -122,12 +124,13 @@ class FakeTracer:
     def set_ranges(self, slot: int, ranges: list[tuple[int, int, int, int]]) -> None:
         self.window[slot] = ranges
 
-    def set_detail(self, slot: int, detail: Detail, symbols: object, **_settings: object) -> list[str]:
+    def set_detail(self, slot: int, detail: Detail, symbols: Mapping[str, Symbol], **_settings: object) -> list[str]:
         self.detail[slot] = detail
+        self.hooked[slot] = dict(symbols)
         return list(self.lost)
 
-    def uprobes(self, slot: int) -> dict[str, object]:
-        return {}
+    def uprobes(self, slot: int) -> dict[str, Symbol]:
+        return self.hooked.get(slot, {})
 
     def account(self, slot: int, epoch: int) -> NDArray[Any]:
         return self.accounts[slot, epoch].copy()

@@ -26,7 +26,7 @@ from llmtraced.recorder import Recorder
 from llmtraced.schema import EPOCHS, PAGE, TABLES, Detail, Kind, Phase, Probe
 from llmtraced.session import Session
 from llmtraced.store import METADATA_KEY, ROOM, TraceWriter
-from llmtraced.target import from_arguments
+from llmtraced.target import Symbol, Target, from_arguments
 
 FAULT = {"a": MODEL + 70, "b": 1000, "c": 70, "d": 0, "code": 1}
 SIMPLE = model([tensor("a", 64, 5000)])
@@ -53,10 +53,10 @@ def add(
     of: Model = SIMPLE,
     detail: Detail = Detail.OPS,
     pid: int = 0,
+    phase: Phase = Phase.UNKNOWN,
+    base: int | None = MODEL,
 ) -> Session:
-    return recorder.add(
-        target({"m.gguf": of}, pid=pid, base=MODEL), TraceWriter(trace, name, {}), detail, Phase.UNKNOWN
-    )
+    return recorder.add(target({"m.gguf": of}, pid=pid, base=base), TraceWriter(trace, name, {}), detail, phase)
 
 
 def counted(recorder: Recorder, slot: int, probe: Probe, n: int, dropped: int = 0, epoch: int | None = None) -> None:
@@ -533,6 +533,38 @@ def test_a_model_that_finds_no_room_later_leaves_the_others(
     assert len(tracer.window[0]) == 2
     assert session.problems == ["no room for 9 more extents"]
     assert caplog.text.count("no room") == 1
+
+
+def test_a_library_that_is_only_asked_is_not_hooked(
+    recorder: Recorder, tracer: FakeTracer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp loads a library for each kind of processor, one after the other, and keeps the best."""
+    x64, zen4 = ({"ggml_graph_compute": Symbol(f"/lib/libggml-cpu-{name}.so", 64)} for name in ("x64", "zen4"))
+    now: dict[str, Symbol] = {}
+
+    def look(symbols: dict[str, Symbol], *, stays: bool) -> None:
+        monkeypatch.setattr(Target, "has", lambda _self, symbol: stays and symbol == symbols["ggml_graph_compute"])
+        now.clear()
+        now.update(symbols)
+        session.refresh()
+
+    def scan(_pids: object) -> list[Target]:
+        made = target({"m.gguf": SIMPLE}, base=None)
+        made.symbols = dict(now)  # type: ignore[misc]
+        return [made]
+
+    texts = iter(range(99))
+    monkeypatch.setattr(session_module, "scan", scan)
+    monkeypatch.setattr(session_module, "maps_text", lambda _pid: b"%d" % next(texts))
+    session = add(recorder, None, phase=Phase.LOAD, base=None)
+    look(x64, stays=False)
+    assert not tracer.hooked
+    look(zen4, stays=True)
+    assert tracer.hooked == {0: zen4}
+    look(x64, stays=False)
+    assert tracer.hooked == {0: zen4}
+    look(x64, stays=True)
+    assert tracer.hooked == {0: x64}
 
 
 def test_a_file_name_that_is_not_utf8(recorder: Recorder, tmp_path: Path, small_model: Path) -> None:

@@ -137,6 +137,45 @@ def test_what_is_no_elf_file_is_refused(tmp_path: Path) -> None:
         elf.functions(str(path), b"ggml_")
 
 
+def library(folder: Path, name: str, *functions: str) -> Path:
+    """Compile a library with these functions."""
+    (folder / f"{name}.c").write_text("".join(f"int {function}(void) {{ return 1; }}\n" for function in functions))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / f"{name}.so", folder / f"{name}.c"], check=True)
+    return folder / f"{name}.so"
+
+
+def test_hooks_are_all_of_one_library(tmp_path: Path) -> None:
+    """Of several that evaluate graphs the last one loaded is taken, whole; what is in none of them, from elsewhere."""
+    base = library(tmp_path, "libggml-base", "ggml_other", "ggml_get_rows")
+    first = library(tmp_path, "libggml-cpu-x64", "ggml_graph_compute", "ggml_mul_mat", "ggml_only_here")
+    last = library(tmp_path, "libggml-cpu-zen4", "ggml_graph_compute", "ggml_mul_mat")
+    code = "import ctypes, sys; held = [ctypes.CDLL(p) for p in sys.argv[1:]]; print('loaded', flush=True); input()"
+
+    def look(*libraries: Path) -> target.Target:
+        command = [sys.executable, "-c", code, *map(str, libraries)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "loaded\n"
+            found = target.Target(child.pid, 0, "python", command)
+            assert found.symbols
+            child.communicate("\n")
+        return found
+
+    alone = look(base, first)
+    where = {name: symbol.library for name, symbol in alone.symbols.items() if name.startswith("ggml_")}
+    assert where == dict.fromkeys(("ggml_graph_compute", "ggml_mul_mat", "ggml_only_here"), str(first)) | dict.fromkeys(
+        ("ggml_other", "ggml_get_rows"), str(base)
+    )
+    assert not alone.rivalry
+    both = look(base, first, last)
+    where = {name: symbol.library for name, symbol in both.symbols.items() if name.startswith("ggml_")}
+    assert where == dict.fromkeys(("ggml_graph_compute", "ggml_mul_mat"), str(last)) | dict.fromkeys(
+        ("ggml_other", "ggml_get_rows"), str(base)
+    )
+    assert both.rivals == [str(first)]
+    assert "libggml-cpu-x64.so" in both.rivalry
+
+
 # --- arguments
 
 
