@@ -25,7 +25,7 @@ from llmtraced import target as targets
 from llmtraced.config import Config
 from llmtraced.description import session_metadata, session_name
 from llmtraced.dial import Governor
-from llmtraced.errors import USAGE, LlmtracedError, printable
+from llmtraced.errors import NO_PERMISSION, USAGE, LlmtracedError, printable
 from llmtraced.exposition import exposition
 from llmtraced.metrics import LlmtracedCollector
 from llmtraced.prefetch.unit import is_sidecar
@@ -48,6 +48,11 @@ _WAIT_SECONDS = 0.25
 _LOADING_SECONDS = 0.05
 _REFRESH_SECONDS = 1.0
 _PRUNE_SECONDS = 60.0
+
+_NO_PERF_EVENTS: Final = (
+    "no perf events, so no faults: CAP_PERFMON is not enough on this kernel (Debian's is one) while sysctl "
+    "kernel.perf_event_paranoid is above 2; set it to 2, or give CAP_SYS_ADMIN"
+)
 
 KEPT: Final = ("CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_SYS_PTRACE", "CAP_PERFMON", "CAP_CHECKPOINT_RESTORE")
 """What the next server takes: reading its files and memory, attaching to it; and writing traces, as root, anywhere."""
@@ -75,6 +80,8 @@ class Daemon:
         self._say = say
         self._pid = pid
         self.detail = Detail[config.detail.upper()]
+        if "CAP_PERFMON" in capabilities.held() and kernel.try_software_event() in (errno.EACCES, errno.EPERM):
+            raise LlmtracedError(_NO_PERF_EVENTS, NO_PERMISSION)  # told now, and not of each process
         self.tracer = Tracer(Sizes(ring_bytes=config.ring))
         if confine:
             _confine(needs_admin=self.tracer.programs.needs_admin)
@@ -269,6 +276,8 @@ def _confine(*, needs_admin: bool) -> None:
         with capabilities.without_all_but(keep):
             if kernel.try_bpf() == errno.EPERM:  # before 5.19, where sysctl kernel.unprivileged_bpf_disabled is set
                 keep |= {"CAP_BPF"}
+            if kernel.try_software_event() in (errno.EACCES, errno.EPERM):  # Debian's, by sysctl perf_event_paranoid
+                keep |= had & {"CAP_SYS_ADMIN"}
         capabilities.give_up_all_but(keep)
     except OSError as error:
         log.warning("cannot give up capabilities: %s", error)

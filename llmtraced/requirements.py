@@ -76,7 +76,7 @@ def system() -> Iterator[Check]:
     looks: Mapping[str, Callable[[], Check]] = {
         "privileges": lambda: privileges(os.geteuid(), status, read_text("/proc/self/uid_map")),
         "architecture": lambda: architecture(os.uname().machine),
-        "perf events": lambda: perf_events(read_text(paranoid)),
+        "perf events": lambda: perf_events(kernel.try_software_event(), read_text(paranoid), status),
         "bpf": lambda: bpf(kernel.try_bpf(), status, read_text(lockdown)),
         "btf": btf,
         "headers": lambda: kernel_headers(headers.find, here),
@@ -120,11 +120,24 @@ def architecture(machine: str) -> Check:
     return Check("architecture", "missing", f"{machine}; registers and system calls are known for x86_64 only")
 
 
-def perf_events(paranoid: str) -> Check:
-    """Check for perf events by ``/proc/sys/kernel/perf_event_paranoid``."""
+def perf_events(result: int, paranoid: str, status: str) -> Check:
+    """Check for perf events, by which faults are seen.
+
+    Args:
+        result: errno of opening one; 0 if it can be had.
+        paranoid: ``/proc/sys/kernel/perf_event_paranoid``. Above 2 some distributions' kernels (Debian's) ask for
+            CAP_SYS_ADMIN where others are content with CAP_PERFMON.
+        status: ``/proc/self/status``.
+    """
     if not paranoid:
         return Check("perf events", "missing", "this kernel has none", "a kernel with CONFIG_PERF_EVENTS=y")
-    return Check("perf events", "ok", f"perf_event_paranoid is {paranoid.strip()}, which does not bind root")
+    value = f"perf_event_paranoid is {paranoid.strip()}"
+    if result == 0:
+        return Check("perf events", "ok", f"{value}, which does not bind us")
+    if result in (errno.EACCES, errno.EPERM) and "CAP_PERFMON" in held(status):
+        detail = f"{value}, and CAP_PERFMON is not enough here"
+        return Check("perf events", "missing", detail, "sysctl kernel.perf_event_paranoid=2; or give it CAP_SYS_ADMIN")
+    return Check("perf events", "missing", f"{value}: {os.strerror(result)}", "root, or CAP_PERFMON")
 
 
 def bpf(result: int, status: str, lockdown: str) -> Check:

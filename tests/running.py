@@ -168,6 +168,8 @@ class Daemon:
         finally:
             self.process.kill()
             self.process.wait()
+            if kind is not None:
+                print(self.log.read_text()[-4000:], self.said_file.read_text()[-4000:], sep="\n")
 
 
 class Sidecar:

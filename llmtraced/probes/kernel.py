@@ -43,6 +43,7 @@ __all__ = [
     "run_on_cpu",
     "time_enabled",
     "try_bpf",
+    "try_software_event",
 ]
 
 _NR_PERF_EVENT_OPEN = 298
@@ -116,6 +117,15 @@ def try_bpf() -> int:
     """Return the errno of a bpf(2) that fails in any case: EBADF if the system call can be made."""
     try:
         map_lookup(_NO_DESCRIPTOR, bytes(4), 4)
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+def try_software_event() -> int:
+    """Return the errno of opening a software event, as :func:`open_software_event` does; 0 if it can be had."""
+    try:
+        os.close(_open_perf_event(_attr(_PERF_TYPE_SOFTWARE, 5, period=1), -1, online_cpus()[0]))
     except OSError as error:
         return error.errno or 0
     return 0
@@ -206,12 +216,19 @@ def online_cpus() -> list[int]:
     return cpus
 
 
-def _perf_event_open(attr: bytes, pid: int, cpu: int, what: str) -> int:
+def _open_perf_event(attr: bytes, pid: int, cpu: int) -> int:
     buffer = ctypes.create_string_buffer(attr, _PERF_ATTR_SIZE)
     fd = int(_libc.syscall(_NR_PERF_EVENT_OPEN, buffer, pid, cpu, -1, _PERF_FLAG_FD_CLOEXEC))
     if fd < 0:
-        raise _cannot_attach(what, ctypes.get_errno())
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return fd
+
+
+def _perf_event_open(attr: bytes, pid: int, cpu: int, what: str) -> int:
+    try:
+        return _open_perf_event(attr, pid, cpu)
+    except OSError as error:
+        raise _cannot_attach(what, error.errno or 0) from error
 
 
 def _cannot_attach(what: str, code: int) -> LlmtracedError:

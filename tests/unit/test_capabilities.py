@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
-from llmtraced import capabilities
+from llmtraced import capabilities, daemon
+from llmtraced.config import Config
+from llmtraced.errors import NO_PERMISSION, LlmtracedError
+from llmtraced.probes import kernel
 
 
 def test_names_from_bits() -> None:
@@ -50,3 +56,36 @@ def test_what_is_given_up_is_gone_for_children_too() -> None:
     assert after == before
     assert kept == ["CAP_PERFMON", "CAP_SYS_PTRACE"]
     assert set(child) <= set(kept), "a root that starts a program would get all of them again"
+
+
+def test_perf_events_that_take_more_than_cap_perfmon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's kernels refuse them by a sysctl: the daemon keeps what they take, or says what to do."""
+    holding = {"CAP_PERFMON", "CAP_BPF", "CAP_SYS_PTRACE", "CAP_SYS_ADMIN"}
+    given_up: list[set[str]] = []
+    doing_without: list[frozenset[str]] = []
+
+    @contextlib.contextmanager
+    def without_all_but(names: frozenset[str]) -> Iterator[None]:
+        doing_without.append(frozenset(names))
+        yield
+        doing_without.pop()
+
+    def refused() -> int:
+        return 0 if "CAP_SYS_ADMIN" in (doing_without[-1] if doing_without else holding) else errno.EACCES
+
+    monkeypatch.setattr(capabilities, "held", lambda status=None: frozenset(holding))
+    monkeypatch.setattr(capabilities, "without_all_but", without_all_but)
+    monkeypatch.setattr(capabilities, "give_up_all_but", lambda names: given_up.append(set(names)))
+    monkeypatch.setattr(kernel, "try_bpf", lambda: errno.EBADF)
+    monkeypatch.setattr(kernel, "try_software_event", refused)
+    daemon._confine(needs_admin=False)
+    assert given_up == [{"CAP_PERFMON", "CAP_SYS_PTRACE", "CAP_SYS_ADMIN"}]
+
+    holding.discard("CAP_SYS_ADMIN")
+    with pytest.raises(LlmtracedError, match=r"kernel\.perf_event_paranoid is above 2") as caught:
+        daemon.Daemon(Config())
+    assert caught.value.exit_code == NO_PERMISSION
+
+    monkeypatch.setattr(kernel, "try_software_event", lambda: 0)
+    daemon._confine(needs_admin=False)
+    assert given_up[1:] == [{"CAP_PERFMON", "CAP_SYS_PTRACE"}]

@@ -125,8 +125,14 @@ def test_memory() -> None:
 
 def test_machines_that_lack_something(tmp_path: Path) -> None:
     assert requirements.architecture("aarch64").status == "missing"
-    assert requirements.perf_events("").status == "missing"
-    assert requirements.perf_events("4\n").status == "ok"
+    with_it, without = (f"CapEff:\t{1 << 38 if given else 0:016x}\n" for given in (True, False))  # CAP_PERFMON
+    assert requirements.perf_events(errno.ENOSYS, "", with_it).status == "missing"
+    assert requirements.perf_events(0, "4\n", with_it).status == "ok"
+    refused = requirements.perf_events(errno.EACCES, "3\n", with_it)
+    assert (refused.status, "CAP_PERFMON is not enough" in refused.detail) == ("missing", True)
+    assert "kernel.perf_event_paranoid=2" in refused.remedy
+    refused = requirements.perf_events(errno.EACCES, "3\n", without)
+    assert (refused.status, refused.remedy) == ("missing", "root, or CAP_PERFMON")
     assert requirements.btf(tmp_path / "vmlinux").status == "missing"
     assert requirements.cgroup(None).status == "degraded"
 
