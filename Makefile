@@ -133,6 +133,8 @@ install: install-program install-files ## for good: program, units, manual, comp
 	@test -n "$(DESTDIR)" || systemd-sysusers "$(PREFIX)/lib/sysusers.d/llmtraced.conf"
 	@$(HERE) systemctl daemon-reload
 	@echo "installed; systemctl enable --now llmtraced starts the daemon"
+	@test -n "$(DESTDIR)" || test "$$(cat /proc/sys/kernel/perf_event_paranoid 2>/dev/null || echo 0)" -le 2 || \
+	  echo "but kernel.perf_event_paranoid is above 2: some kernels (Debian's) then refuse what it needs, see docs/systemd.md"
 
 install-program:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.base_prefix.startswith(("/root/", "/home/")))' || \
