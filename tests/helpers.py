@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import Final, TypeVar
 
 import pytest
 
-__all__ = ["EMULATED", "SWITCHES", "need", "wait_until"]
+__all__ = ["EMULATED", "SWITCHES", "bounded", "need", "wait_until"]
 
 T = TypeVar("T")
 
@@ -47,4 +48,28 @@ def wait_until(condition: Callable[[], T], seconds: float, what: str) -> T:
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds:g} s in vain: {what}")
         time.sleep(0.02)
+    return result
+
+
+def bounded(call: Callable[[], T], seconds: float, memory: int) -> T:
+    """Return what ``call`` returns; fail if it takes more time or memory than a bound.
+
+    It is called twice, for tracing allocations makes the same work take several times longer.
+
+    Args:
+        call: may be called twice.
+        seconds: processor time of this process.
+        memory: bytes that Python has allocated more at the peak than before.
+    """
+    started = time.process_time()
+    call()
+    took = time.process_time() - started
+    assert took < seconds, f"{took:.2f} s of processor time"
+    tracemalloc.start()
+    try:
+        result = call()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < memory, f"{peak} bytes at the peak"
     return result

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 import struct
 import time
-import tracemalloc
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from helpers import bounded
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -428,14 +429,8 @@ OUTSIDE = {
 
 @pytest.mark.parametrize(("data", "message"), OUTSIDE.values(), ids=OUTSIDE.keys())
 def test_hostile_header(put, data: bytes, message: str) -> None:
-    tracemalloc.start()
-    try:
-        started = time.process_time()
-        assert message in refused(put(data))
-        assert time.process_time() - started < 2
-        assert tracemalloc.get_traced_memory()[1] < 2 << 20
-    finally:
-        tracemalloc.stop()
+    path = put(data)
+    assert message in bounded(lambda: refused(path), seconds=2, memory=2 << 20)
 
 
 @pytest.mark.parametrize(
@@ -459,15 +454,7 @@ def test_time_and_memory_are_bounded_where_the_file_is_huge(
     """A sparse terabyte backs any count, so only our own limits stand between a header and the machine."""
     path = put(build(values, counts=counts))
     os.truncate(path, 1 << 40)
-    tracemalloc.start()
-    try:
-        started = time.process_time()
-        with pytest.raises(LlmtracedError, match=message):
-            read_model(path)
-        assert time.process_time() - started < 5
-        assert tracemalloc.get_traced_memory()[1] < MAX_ENTRIES * 1024
-    finally:
-        tracemalloc.stop()
+    assert re.search(message, bounded(lambda: refused(path), seconds=5, memory=MAX_ENTRIES * 1024))  # 0.7 s at most
 
 
 def test_header_limit_is_far_above_real_headers() -> None:
@@ -538,7 +525,7 @@ def test_mutated_files_parse_or_are_refused(tmp_path: Path, changes: list[tuple[
     except LlmtracedError:
         return
     finally:
-        assert time.process_time() - started < 1
+        assert time.process_time() - started < 5  # a millisecond or so, and now and then a collection of garbage
     end = 0
     for tensor in model.tensors:
         assert end <= tensor.offset

@@ -202,9 +202,9 @@ def test_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ask(server.port, login="prometheus:sesame:ü")[0] == 200
         for wrong in ("prometheus:sesame", "prometheus:", "other:sesame:ü", "prometheus", ":sesame:ü", ""):
             assert ask(server.port, login=wrong)[0] == 401
-        begin = time.monotonic()
-        assert ask(server.port, login="prometheus:sesame:ü")[0] == 200  # after the wrong ones, without computing
-        assert time.monotonic() - begin < 0.15
+        with monkeypatch.context() as without:  # after the wrong ones, without computing
+            without.setattr(serve, "password_matches", None)
+            assert ask(server.port, login="prometheus:sesame:ü")[0] == 200
         for field in (b"Bearer x", b"Basic", b"Basic \xff", b"Basic %%%", b"basic AAAA"):
             answer = raw(server.port, b"GET /metrics HTTP/1.1\r\nAuthorization: " + field + b"\r\n\r\n")
             assert answer.startswith(b"HTTP/1.1 401 ")

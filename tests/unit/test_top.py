@@ -322,9 +322,9 @@ def test_a_thousand_tensors_are_quick() -> None:
     import time
 
     history = lived(process(layers=500))
-    begin = time.perf_counter()
+    begin = time.process_time()
     plain(history)
-    assert time.perf_counter() - begin < 0.5  # some 10 ms
+    assert time.process_time() - begin < 0.5  # some 10 ms
 
 
 # --- the terminal
