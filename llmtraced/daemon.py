@@ -50,8 +50,8 @@ _REFRESH_SECONDS = 1.0
 _PRUNE_SECONDS = 60.0
 
 _NO_PERF_EVENTS: Final = (
-    "no perf events, so no faults: CAP_PERFMON is not enough on this kernel (Debian's is one) while sysctl "
-    "kernel.perf_event_paranoid is above 2; set it to 2, or give CAP_SYS_ADMIN"
+    "no perf events, so no faults: CAP_PERFMON is not enough on this kernel (Debian's is one) while "
+    f"kernel.perf_event_paranoid is above 2: {kernel.PERF_EVENTS}"
 )
 
 KEPT: Final = ("CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_SYS_PTRACE", "CAP_PERFMON", "CAP_CHECKPOINT_RESTORE")
@@ -80,7 +80,7 @@ class Daemon:
         self._say = say
         self._pid = pid
         self.detail = Detail[config.detail.upper()]
-        if "CAP_PERFMON" in capabilities.held() and kernel.try_software_event() in (errno.EACCES, errno.EPERM):
+        if "CAP_PERFMON" in capabilities.held() and kernel.perf_events_refused():
             raise LlmtracedError(_NO_PERF_EVENTS, NO_PERMISSION)  # told now, and not of each process
         self.tracer = Tracer(Sizes(ring_bytes=config.ring))
         if confine:
@@ -276,7 +276,7 @@ def _confine(*, needs_admin: bool) -> None:
         with capabilities.without_all_but(keep):
             if kernel.try_bpf() == errno.EPERM:  # before 5.19, where sysctl kernel.unprivileged_bpf_disabled is set
                 keep |= {"CAP_BPF"}
-            if kernel.try_software_event() in (errno.EACCES, errno.EPERM):  # Debian's, by sysctl perf_event_paranoid
+            if kernel.perf_events_refused():  # Debian's, by sysctl perf_event_paranoid
                 keep |= had & {"CAP_SYS_ADMIN"}
         capabilities.give_up_all_but(keep)
     except OSError as error:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from llmtraced import headers
+from llmtraced import children, headers
 from llmtraced.capabilities import can_load, held
 from llmtraced.cgroup import Cgroup, cgroup_of
 from llmtraced.errors import LlmtracedError, printable
@@ -136,7 +136,7 @@ def perf_events(result: int, paranoid: str, status: str) -> Check:
         return Check("perf events", "ok", f"{value}, which does not bind us")
     if result in (errno.EACCES, errno.EPERM) and "CAP_PERFMON" in held(status):
         detail = f"{value}, and CAP_PERFMON is not enough here"
-        return Check("perf events", "missing", detail, "sysctl kernel.perf_event_paranoid=2; or give it CAP_SYS_ADMIN")
+        return Check("perf events", "missing", detail, kernel.PERF_EVENTS)
     return Check("perf events", "missing", f"{value}: {os.strerror(result)}", "root, or CAP_PERFMON")
 
 
@@ -194,8 +194,9 @@ def kernel_headers(find: Callable[[], headers.Headers], here: str) -> Check:
 def bcc(here: str) -> Check:
     """Check that BCC can be imported, in a process of its own: it brings LLVM, and may fail in its libraries."""
     code = "from llmtraced.probes import loader; print(loader.import_bcc().__version__)"
-    path = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=children.environment(), capture_output=True, text=True, check=False
+    )
     if done.returncode == 0:
         return Check("bcc", "ok", f"version {printable(done.stdout.split()[-1])}")
     install = {"arch": "pacman -S", "fedora": "dnf install", "suse": "zypper install"}.get(here, "apt-get install")

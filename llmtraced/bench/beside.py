@@ -27,6 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from llmtraced import children
 from llmtraced.bench.engine import stop
 from llmtraced.bench.fetch import log_tail
 from llmtraced.bench.pressure import MemoryCgroup
@@ -227,14 +228,16 @@ class Sidecar:
 
     Args:
         pid: the server.
-        strategy: as ``--strategy`` takes it.
+        strategy: as ``--strategy`` takes it; after a colon, joined by ``+``, what ``--predict`` takes: ``moe:router``.
         folder: for its metrics and what it says.
     """
 
     def __init__(self, pid: int, strategy: str, folder: Path) -> None:
         self.strategy, self._metrics = strategy, folder / "sidecar.prom"
         self._out, self._log = folder / "sidecar.json", folder / "sidecar.log"
-        self._argv = [sys.executable, "-m", "llmtraced", "prefetch", "--pid", str(pid), "--strategy", strategy]
+        word, _, sources = strategy.partition(":")
+        self._argv = [sys.executable, "-m", "llmtraced", "prefetch", "--pid", str(pid), "--strategy", word]
+        self._argv += ["--predict", sources.replace("+", ",")] if sources else []
         self._argv += ["--metrics", str(self._metrics), "--json"]
         self._settling = Settling()
 
@@ -247,7 +250,7 @@ class Sidecar:
                 stdout=out,
                 stderr=log,
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+                env=children.environment(),
             )
         return self
 
@@ -388,7 +391,7 @@ class Locked:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env=children.environment(),
         )
         assert self._child.stdout is not None
         try:

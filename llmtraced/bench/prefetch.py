@@ -40,13 +40,15 @@ from llmtraced.bench.pressure import read_ahead_kb as read_ahead_of
 from llmtraced.bench.switch import cpu_seconds
 from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.gguf_map import Model, read_model
+from llmtraced.prefetch.guesses import SOURCES
 from llmtraced.prefetch.plan import from_tensors
 
 __all__ = ["STRATEGIES", "other_read_ahead", "run"]
 
 log = logging.getLogger(__name__)
 
-SIDECAR: Final = ("auto", "pin", "pattern", "uring", "moe")
+MIXTURE: Final = "moe"
+SIDECAR: Final = ("auto", "pin", "pattern", "uring", MIXTURE)
 STRATEGIES: Final = (OFF, *SIDECAR, *COMPARATORS)
 
 _LOAD_MODES: Final = {"load-none": "none", "load-dio": "dio"}
@@ -274,7 +276,7 @@ def _measure(condition: _Condition, strategy: str, asked: _Asked, folder: Path) 
 def _beside(
     condition: _Condition, strategy: str, server: Server, group: MemoryCgroup, folder: Path
 ) -> Sidecar | Vmtouch | None:
-    if strategy in SIDECAR:
+    if strategy.partition(":")[0] in SIDECAR:
         return Sidecar(server.pid, strategy, folder)
     if strategy == "vmtouch":
         return Vmtouch(condition.path, max(condition.fitting - _VMTOUCH_SLACK, 1 << 20), group)
@@ -306,7 +308,8 @@ def run(
     """Measure and return the report (docs/benchmarks.md has its fields).
 
     Args:
-        strategies: of :data:`STRATEGIES`; ``off`` and a model that fits are always measured.
+        strategies: of :data:`STRATEGIES`; ``off`` and a model that fits are always measured. ``moe`` may be followed by
+            what experts are guessed by: ``moe:none``, ``moe:attention+router``.
         memory: shares of the model, to which the server's own memory is added, or sizes for everything.
         read_ahead_kb: readahead of the model's device, restored afterwards; none: as it is.
         model: of bench.experiment.MODELS, or a GGUF file.
@@ -365,8 +368,12 @@ def run(
 
 def _check(strategies: Sequence[str], memory: Sequence[str], tokens: int, pressure: str) -> None:
     for name in strategies:
-        if name not in STRATEGIES:
+        word, colon, sources = name.partition(":")
+        if word not in STRATEGIES:
             raise LlmtracedError(f"no such strategy: {printable(name)}; there are {', '.join(STRATEGIES)}", USAGE)
+        if colon and (word != MIXTURE or not set(sources.split("+")) <= {"none", *SOURCES}):
+            said = f"{MIXTURE}:none, or {MIXTURE}: and, joined by +, of {', '.join(SOURCES)}"
+            raise LlmtracedError(f"no such strategy: {printable(name)}; to choose what is guessed by: {said}", USAGE)
     for level in memory:
         if limit_bytes(level, 1000, 1) is None:
             raise LlmtracedError("--memory none: a model that fits is measured anyway; write 85% or 1400M", USAGE)
@@ -379,9 +386,11 @@ def _check(strategies: Sequence[str], memory: Sequence[str], tokens: int, pressu
 
 def _available(strategies: Sequence[str], *, mixture: bool) -> tuple[list[str], dict[str, str]]:
     """Return the strategies that can be measured here, and why the others cannot."""
-    skipped = {}
-    if "moe" in strategies and not mixture:
-        skipped["moe"] = "the model is no mixture of experts"
+    skipped: dict[str, str] = {}
+    if not mixture:
+        skipped |= {
+            name: "the model is no mixture of experts" for name in strategies if name.partition(":")[0] == MIXTURE
+        }
     if "vmtouch" in strategies and not Vmtouch.installed():
         skipped["vmtouch"] = "vmtouch is not installed: apt-get install vmtouch"
     names = list(dict.fromkeys([FITS, OFF, *strategies]))

@@ -16,6 +16,8 @@ __all__ = [
     "OFF",
     "bound_ms",
     "condition_name",
+    "mixture_bound_ms",
+    "predictor_rows",
     "share_of",
     "summed",
     "targets",
@@ -52,6 +54,8 @@ _SPREAD: Final = (
     "peak_bytes",
     "bound_share",
     "together_share",
+    "mixture_bound_share",
+    "missing_bytes_per_token",
     "prompt_ms",
     "prompt_server_bytes",
     "prompt_helper_bytes",
@@ -68,6 +72,21 @@ def bound_ms(compute_ms: float, bytes_per_token: float, fitting_bytes: float, by
         bytes_per_s: that the disk gives.
     """
     return max(compute_ms, max(bytes_per_token - fitting_bytes, 0.0) / bytes_per_s * 1e3)
+
+
+def mixture_bound_ms(compute_ms: float, missing_bytes: float, recall: float, bytes_per_s: float) -> float:
+    """Return the least that a token of a mixture can take, ms.
+
+    What was guessed is read while the server computes; what was not is read while it waits.
+
+    Args:
+        compute_ms: of a token while the model fits.
+        missing_bytes: of experts that a token chooses and memory does not hold.
+        recall: share of them that was guessed.
+        bytes_per_s: that the disk gives.
+    """
+    reading = missing_bytes / bytes_per_s * 1e3
+    return max(compute_ms + (1 - recall) * reading, reading)
 
 
 def together_ms(busy_ms: float, needed_bytes: float, busy_bytes_per_s: float, bytes_per_s: float) -> float:
@@ -142,6 +161,7 @@ def summed(
             one["stall_ms_per_token"] = max(one["ms_per_token"] - compute, 0.0)
             for key, values in (("bound_share", bounds), ("together_share", together)):
                 one[key] = None if name == FITS else values[one["round"]] / one["ms_per_token"]
+            one |= _mixture(one, compute, around[one["round"]])
         ratios, prompts = _paired(good, off, "tokens_per_s"), _paired(good, off, "prompt_ms")
         strategies[name] = {
             **{key: _spread([one[key] for one in good if one.get(key) is not None]) for key in _SPREAD},
@@ -163,6 +183,32 @@ def summed(
         "answers": sorted(answers),
         "strategies": strategies,
     }
+
+
+def _mixture(one: Mapping[str, Any], compute_ms: float, bytes_per_s: float) -> dict[str, float | None]:
+    """Return what a round's sidecar says of experts, per token, and the bound that follows."""
+    experts = (one.get("helper") or {}).get("experts") or {}
+    if not experts.get("tokens"):
+        return {"missing_bytes_per_token": None, "mixture_bound_share": None}
+    whole = experts["missing_bytes"]
+    missing, recall = whole / experts["tokens"], 1 - experts["missed_bytes"] / whole if whole else 1.0
+    bound = mixture_bound_ms(compute_ms, missing, recall, bytes_per_s)
+    return {"missing_bytes_per_token": missing, "mixture_bound_share": bound / one["ms_per_token"]}
+
+
+def predictor_rows(condition: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return how good the guesses were of what each strategy guessed a mixture's experts by; medians over rounds."""
+    rows = []
+    for strategy, found in condition["strategies"].items():
+        told = [((one.get("helper") or {}).get("experts") or {}).get("predictors") or {} for one in found["rounds"]]
+        for source in dict.fromkeys(name for one in told for name in one):
+            figures = [one[source] for one in told if source in one]
+            row = {"strategy": strategy, "predictor": source}
+            for key in ("right", "recall", "precision", "mean_ahead_s"):
+                values = [one[key] for one in figures if one[key] is not None]
+                row[key] = median(values) if values else None
+            rows.append(row)
+    return rows
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import json
 import logging
-import os
 import re
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from typing import Any, Final, Self
 import gguf
 import numpy as np
 
+from llmtraced import children
 from llmtraced.bench.engine import stop
 from llmtraced.bench.figures import machine, spread
 from llmtraced.bench.pressure import drop_cache
@@ -98,7 +98,7 @@ class _Served:
             self.touch = stack.enter_context(Touch(self.model, offsets))
             self.pid: int = self.touch.ready["pid"]
             words = [str(self.pid), str(self.n_tensors), str(self._trace)]
-            env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+            env = children.environment(OPENBLAS_NUM_THREADS="1")
             with self._log.open("wb") as stderr:
                 command = [sys.executable, "-m", "llmtraced.bench.scrape", *words]
                 self.daemon = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env)

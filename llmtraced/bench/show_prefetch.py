@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from llmtraced.bench.prefetch_figures import BEST, COMPARATORS, FITS, MOST_BOUND_SHARE, OFF
+from llmtraced.bench.prefetch_figures import BEST, COMPARATORS, FITS, MOST_BOUND_SHARE, OFF, predictor_rows
 from llmtraced.bench.show import machine_lines
 from llmtraced.errors import printable
 from llmtraced.reporters.plots import AGAIN, ONCE, REST, STALL, canvas, drawn
@@ -75,7 +75,8 @@ def _condition(condition: Mapping[str, Any], style: Style) -> list[str]:
         "",
         *(style.bold(line) for line in wrapped(heading, style)),
         *wrapped(about, style),
-        *table(rows, _COLUMNS, style),
+        *table(rows, _COLUMNS if any(row["mixture_bound_share"] for row in rows) else _DENSE_COLUMNS, style),
+        *(["", *table(guesses, _GUESS_COLUMNS, style)] if (guesses := predictor_rows(condition)) else []),
         *(style.warn(line) for text in (*failed, *unsettled, *doubtful) for line in wrapped(text, style)),
     ]
 
@@ -111,6 +112,8 @@ _COLUMNS: Final = (
     Column(": off", _median("ratio", _times)),
     Column("of bound", _median("bound_share", _percent)),
     Column("of both", _median("together_share", _percent), spare=True),
+    Column("of experts' bound", _median("mixture_bound_share", _percent)),
+    Column("missing", _median("missing_bytes_per_token", size)),
     Column("stall", _median("stall_ms_per_token", _ms), spare=True),
     Column("server reads", _median("server_bytes_per_token", size)),
     Column("helper reads", _median("helper_bytes_per_token", size)),
@@ -122,6 +125,17 @@ _COLUMNS: Final = (
     Column("machine", _median("machine_cpu_s_per_token", _seconds), spare=True),
     Column("charged", _median("charged_bytes", size), spare=True),
     Column("peak", _median("peak_bytes", size), spare=True),
+)
+
+_DENSE_COLUMNS: Final = tuple(c for c in _COLUMNS if c.title not in ("of experts' bound", "missing"))
+_GUESS_COLUMNS: Final = (
+    Column("strategy", lambda row: row["strategy"], name=True),
+    Column("experts guessed by", lambda row: row["predictor"], name=True),
+    *(
+        Column(title, lambda row, key=key: "-" if row[key] is None else f"{row[key]:.1%}")  # type: ignore[misc]
+        for title, key in (("right", "right"), ("recall", "recall"), ("precision", "precision"))
+    ),
+    Column("ahead", lambda row: duration(None if row["mean_ahead_s"] is None else row["mean_ahead_s"] * 1e9)),
 )
 
 

@@ -20,7 +20,7 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtraced import headers
+from llmtraced import children, headers
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
 from llmtraced.probes import kernel, loader
 from llmtraced.probes.ringbuf import Ring
@@ -64,7 +64,7 @@ class Source:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+                env=children.environment(),
             )
         try:
             self._start()

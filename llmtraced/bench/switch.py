@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from llmtraced import children
 from llmtraced.capture import Capture
 from llmtraced.errors import FAILED, LlmtracedError
 from llmtraced.schema import Detail
@@ -42,7 +43,7 @@ class Switch:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env=children.environment(),
         )
         try:
             self._hear()

@@ -138,7 +138,8 @@ def _prefetch_arguments(parser: argparse.ArgumentParser) -> None:
         "--strategies",
         metavar="LIST",
         default="",
-        help="of off,auto,pin,pattern,uring,readahead,vmtouch,load-none,load-dio (default: all)",
+        help="of off,auto,pin,pattern,uring,moe,readahead,vmtouch,load-none,load-dio (default: all); moe:none, "
+        "moe:attention+router and so on choose what experts are guessed by, see `llmtraced prefetch --help`",
     )
     parser.add_argument(
         "--model", metavar="MODEL", default="dense", help="dense, moe, gemma, or a GGUF file (default dense: 1.7 GB)"

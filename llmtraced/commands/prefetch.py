@@ -21,6 +21,8 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
+from llmtraced.errors import printable
+from llmtraced.prefetch.guesses import DEFAULT, SOURCES
 from llmtraced.prefetch.pages import PATHS
 from llmtraced.values import size
 
@@ -64,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how to follow the server (default auto)",
     )
     parser.add_argument(
-        "--ahead", metavar="N", type=int, choices=(0, 1, 2), default=0, help="layers that experts are guessed ahead (0)"
+        "--predict",
+        metavar="WHAT,...",
+        type=_sources,
+        default=DEFAULT,
+        help=f"what a mixture's experts are guessed by: none, or of {', '.join(SOURCES)} (default {','.join(DEFAULT)})",
     )
     parser.add_argument("--no-join", dest="join", action="store_false", help="stay out of the server's memory cgroup")
     parser.add_argument(
@@ -91,6 +97,14 @@ def run(args: argparse.Namespace) -> int:
     chosen = {f.name: getattr(args, f.name) for f in fields(launch.Options) if f.name != "hand_over"}
     launch.run(pid, launch.Options(**chosen, hand_over=args.step == "hand-over"))
     return 0
+
+
+def _sources(words: str) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(words.split(","))) if words != "none" else ()
+    for word in found:
+        if word not in SOURCES:
+            raise argparse.ArgumentTypeError(f"{printable(word)}: choose none, or of {', '.join(SOURCES)}")
+    return found
 
 
 def _budget(word: str) -> int | None:

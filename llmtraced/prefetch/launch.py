@@ -27,6 +27,7 @@ from llmtraced.loading import why_unmapped
 from llmtraced.prefetch import plan as plans
 from llmtraced.prefetch import unit
 from llmtraced.prefetch.clock import BEGIN, TickRing
+from llmtraced.prefetch.guesses import DEFAULT
 from llmtraced.prefetch.plan import Plan
 from llmtraced.prefetch.policy import CHUNK, slack_for
 from llmtraced.prefetch.routing import mixture
@@ -73,7 +74,7 @@ class Options:
         path: a way of reading (pages.PATHS or ``uring``); empty: the strategy's own.
         trial: tokens to watch before engaging; 0: engage at once and never compare.
         join: join the server's memory cgroup.
-        ahead: layers ahead of the server that a mixture's experts are guessed, 0 to 2.
+        predict: what a mixture's experts are guessed by, of guesses.SOURCES.
         clock: ``ticks``, ``pagetable``, or ``auto``: ticks where they can be had.
         metrics: write metrics to this file, in Prometheus's text format; None: to where the daemon looks, until the
             end; empty: nowhere.
@@ -90,7 +91,7 @@ class Options:
     path: str = ""
     trial: int = 3
     join: bool = True
-    ahead: int = 0
+    predict: tuple[str, ...] = DEFAULT
     clock: str = "auto"
     metrics: str | None = None
     json: bool = False
@@ -139,7 +140,7 @@ def run(pid: int, options: Options) -> None:
     if merged and experts is None:
         log.warning(_LEFT)
     config = configuration(target, label, files, learned, unbacked, ticks, marks, options)
-    config["mixture"], config["ahead"] = experts, options.ahead
+    config["mixture"], config["predict"] = experts, list(options.predict)
     if experts is not None and experts["code"] is not None:
         config["keep"].append(experts["code"])
     config["keep"].append(only.detach())

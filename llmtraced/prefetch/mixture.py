@@ -3,13 +3,16 @@
 What every token uses is pinned (:mod:`llmtraced.prefetch.work`). For the experts there is the rest of the memory:
 :mod:`llmtraced.prefetch.experts` decides which are kept. An expert is read exactly, from its slices' first page to
 their last, and before the server touches it: a fault on a page that is not there makes the kernel read as much as the
-file's readahead says, which may be megabytes of other experts. So each layer is looked at four times:
+file's readahead says, which may be megabytes of other experts. So each layer's choice is guessed, by what is asked for
+of :data:`llmtraced.prefetch.guesses.SOURCES`:
 
-1. when the *router* of the layer before it begins: its input, put through this layer's router, says most of the choice;
+1. when the router of the layer one or two before it begins: its input, put through this layer's router, says most of
+   the choice; so does, much less, what the past says (the last tokens, or what the layer before has chosen);
 2. when its own attention begins: the same with the input of that says almost all of it;
-3. when its own router begins: its input says the choice itself, some operators ahead;
-4. when its first merged matrix is used: the server's own word, which what was missed is read by, and the others are
-   measured by.
+3. when its own router begins: its input says the choice itself, some operators ahead.
+
+When its first merged matrix is used, that is the server's own word: what was missed is read by it, and guesses are
+measured by it.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from llmtraced.prefetch.clock import EXPERTS, INPUT, choices
 from llmtraced.prefetch.experts import ABSENT, HERE, Residency
+from llmtraced.prefetch.guesses import CoActivation, LastTokens, Tally
 from llmtraced.prefetch.pages import Pages, copied
 from llmtraced.prefetch.router import Router
 
@@ -91,17 +95,23 @@ class Mixture:
         pid: the server.
         pages: of each file of the model.
         told: ``routing.mixture``: layers in order, experts and how many are used, length of the routers' input.
-        ahead: layers that are looked ahead, 0 to 2.
+        predict: what to guess by, of guesses.SOURCES.
         say: where to tell what is done.
 
     Attributes:
         total: bytes of all experts.
         residency: which are in memory.
-        seen, guessed, right: experts chosen; those that looking ahead named; and how many of these were chosen.
+        seen: experts chosen.
+        tallies: how good the guesses are, by source.
     """
 
     def __init__(
-        self, pid: int, pages: list[Pages], told: Mapping[str, Any], ahead: int, say: Callable[[str], None]
+        self,
+        pid: int,
+        pages: list[Pages],
+        told: Mapping[str, Any],
+        predict: Collection[str],
+        say: Callable[[str], None],
     ) -> None:
         self.pid, self.pages, self.say = pid, pages, say
         self.layers = [_Layer(i, one, pages) for i, one in enumerate(told["layers"])]
@@ -117,9 +127,18 @@ class Mixture:
         layers = self.layers
         self._before = [_ratio(layer.attention_norm, layer.norm) or self._ones for layer in layers]
         self._after = [
-            [_ratio(layer.norm, later.norm) or self._ones for later in layers[i + 1 : i + 1 + ahead]]
+            [
+                (source, layers[i + far], _ratio(layer.norm, layers[i + far].norm) or self._ones)
+                for far, source in ((1, "router-1"), (2, "router-2"))
+                if source in predict and i + far < len(layers)
+            ]
             for i, layer in enumerate(layers)
         ]
+        shape = self.n_experts, self.n_used
+        self._last = [LastTokens(*shape) for _ in layers] if "last" in predict else []
+        self._with = [CoActivation(*shape) for _ in layers[1:]] if "coactivation" in predict else []
+        self._before_it: set[int] = set()  # what the layer before has used
+        self.tallies = {source: Tally() for source in predict}
         self._input = (ctypes.c_float * (told["n"] * _ROWS))()
         self._by_mark = {
             mark: layer
@@ -129,9 +148,8 @@ class Mixture:
         }
         nbytes = [layer.nbytes for layer in self.layers for _ in range(self.n_experts)]
         self.residency = Residency(nbytes, 0)
-        self.seen = self.guessed = self.right = self.surprises = self.checked = 0
+        self.seen = self.surprises = self.checked = 0
         self.read_bytes = self.failed = self.lost = self.stale = 0
-        self._guesses: dict[int, set[int]] = {}
         self._chosen: dict[int, set[int]] = {}  # of this token, by layer: what its router's input said
         self._sure: set[int] = set()  # here, as of this token
         self._left: dict[int, int] = {}  # slices of an expert that are still to be read
@@ -150,8 +168,12 @@ class Mixture:
         """Return the marks that the clock should tell, and what of them."""
         found = {layer.experts_mark: EXPERTS for layer in self.layers if layer.experts_mark is not None}
         if self.router is not None:
-            marks = [mark for layer in self.layers for mark in (layer.attention_mark, layer.router_mark)]
-            found |= dict.fromkeys((mark for mark in marks if mark is not None), INPUT)
+            inputs: list[int | None] = []
+            if "attention" in self.tallies:
+                inputs += [layer.attention_mark for layer in self.layers]
+            if {"router", "router-1", "router-2"} & set(self.tallies):
+                inputs += [layer.router_mark for layer in self.layers]
+            found |= dict.fromkeys((mark for mark in inputs if mark is not None), INPUT)
         return found
 
     def ended(self, read: int) -> None:
@@ -165,8 +187,11 @@ class Mixture:
     def begin(self) -> None:
         """Take in that a graph begins."""
         self.residency.token += 1
-        self._guesses.clear()
+        for source, tally in self.tallies.items():
+            if source != "last":  # which guesses a token ahead
+                tally.forget()
         self._chosen.clear()
+        self._before_it = set()
         self._sure.clear()
 
     def other(self) -> None:
@@ -181,7 +206,7 @@ class Mixture:
         self.collect()
         fresh = time.monotonic_ns() - ts < _STALE_NS
         if mark == layer.experts_mark:
-            self._used(layer, choices(value, told), fresh=fresh)
+            self._used(layer, choices(value, told), ts, fresh=fresh)
             return True
         if not fresh:  # the server is past it: what is ahead of it matters
             self.stale += 1
@@ -190,22 +215,27 @@ class Mixture:
         if not inputs:
             return True
         if mark == layer.attention_mark:
-            guess = self._choose(layer, inputs, self._before[layer.number])
-            self._guesses[layer.number] = guess
-            numbers = self._numbers(layer, guess)
-            self._promote(numbers)
-            self._fetch(self.residency.expect(numbers))
+            self._guess("attention", layer, self._choose(layer, inputs, self._before[layer.number]), ts)
             return True
-        chosen = self._chosen[layer.number] = self._choose(layer, inputs, self._ones)
-        numbers = self._numbers(layer, chosen)
-        self._promote(numbers)
-        self._fetch(self.residency.use(numbers))
-        for later, scale in zip(self.layers[layer.number + 1 :], self._after[layer.number], strict=False):
+        if "router" in self.tallies:
+            chosen = self._chosen[layer.number] = self._choose(layer, inputs, self._ones)
+            self._guess("router", layer, chosen, ts)
+        for source, later, scale in self._after[layer.number]:
             if len(self._early) > _PIECES:
                 break
-            self._fetch(self.residency.expect(self._numbers(later, self._choose(later, inputs, scale))), early=True)
+            self._guess(source, later, self._choose(later, inputs, scale), ts, early=True)
         self._make_room()
         return True
+
+    def _guess(self, source: str, layer: _Layer, experts: set[int], ts: int, *, early: bool = False) -> None:
+        """Have what will probably be chosen read, of which ``early`` says that nothing else may wait for it."""
+        numbers = self._numbers(layer, experts)
+        if not early:
+            self._promote(numbers)
+        read = self.residency.expect(numbers)
+        self._fetch(read, early=early)
+        sizes = {one % self.n_experts: self.residency.nbytes[one] for one in read}
+        self.tallies[source].made(layer.number, experts, sizes, ts)
 
     def _inputs(self, address: int, rows: int, values: bytes) -> list[int]:
         """Take in the input of a router, or what is like it; return where its rows are now."""
@@ -225,28 +255,38 @@ class Mixture:
         at = scale.buffer_info()[0]
         return {e for x in inputs for e in self.router.choose(layer.weights, x, at, layer.bias, layer.correction)}
 
-    def _used(self, layer: _Layer, rows: list[tuple[int, ...]], *, fresh: bool) -> None:
+    def _used(self, layer: _Layer, rows: list[tuple[int, ...]], ts: int, *, fresh: bool) -> None:
         """Take in what the server says that it uses."""
         if not rows:
             return  # a prompt uses nearly all of them, one after the other: that is what readahead is for
         used = {e for row in rows for e in row if 0 <= e < self.n_experts}
         known = self._chosen.get(layer.number)
-        more = used - known if known is not None else used
         if known is not None and len(rows) == 1:  # of more rows, the input may have been overwritten when it was read
-            self.surprises += len(more)
+            self.surprises += len(used - known)
             self.checked += len(used)
-        read = self.residency.use(self._numbers(layer, more))
+        read = self.residency.use(self._numbers(layer, used))
         if fresh:
             self._fetch(read)
         else:
             for one in read:
                 self.residency.gone(one)
         self.seen += len(used)
-        guess = self._guesses.get(layer.number)
-        if guess is not None:
-            self.guessed += len(guess)
-            self.right += len(guess & used)
+        for tally in self.tallies.values():
+            tally.judge(layer.number, used, ts)
+        self._look_back(layer, used, ts)
         self._make_room()
+
+    def _look_back(self, layer: _Layer, used: set[int], ts: int) -> None:
+        """Guess by what was used so far."""
+        at = layer.number
+        if self._last:
+            self._guess("last", layer, self._last[at].after(used), ts, early=True)
+        if self._with:
+            if at:
+                self._with[at - 1].learn(self._before_it, used)
+            self._before_it = used
+            if at < len(self._with):
+                self._guess("coactivation", self.layers[at + 1], self._with[at].after(used), ts, early=True)
 
     def _numbers(self, layer: _Layer, experts: set[int]) -> list[int]:
         """Return the experts' numbers; those held to be here are looked at once a token, for nothing is locked."""
@@ -407,6 +447,7 @@ class Mixture:
         self.collect()
         r = self.residency
         asked = r.used + r.late + r.missed
+        missing = r.missed + sum(tally.useful for tally in self.tallies.values())
         return {
             "capacity_bytes": r.capacity,
             "total_bytes": self.total,
@@ -415,13 +456,15 @@ class Mixture:
             "used_bytes": r.used,
             "late_bytes": r.late,
             "missed_bytes": r.missed,
+            "missing_bytes": missing,
+            "tokens": r.token,
             "wasted_bytes": r.wasted,
             "hit_share": r.used / asked if asked else None,
             "read_bytes": self.read_bytes,
             "failed_reads": self.failed,
             "lost": self.lost,
             "stale_ticks": self.stale,
-            "ahead_precision": self.right / self.guessed if self.guessed else None,
+            "predictors": {source: tally.summary(missing) for source, tally in self.tallies.items()},
             "router_checked": self.checked,
             "router_surprises": self.surprises,
             "hottest": [[one // self.n_experts, one % self.n_experts] for one in r.hottest()[:32]],

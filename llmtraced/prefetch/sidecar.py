@@ -232,7 +232,7 @@ class Sidecar:
             self.pages, self.chunks, self.strategy, path, self.config["window"], self.config["depth"], _say
         )
         if self.config["mixture"] and self.ring is not None and self.strategy["experts"]:
-            self.mixture = Mixture(self.pid, self.pages, self.config["mixture"], self.config["ahead"], _say)
+            self.mixture = Mixture(self.pid, self.pages, self.config["mixture"], self.config["predict"], _say)
         self.memory.struck()
         self._engaged, self._strikes, self.slack = time.monotonic(), 0, self.config["slack"]
         self.budget = self._room()

@@ -16,7 +16,7 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
 
 __all__ = [
     "COOKIE_METHOD",
+    "PERF_EVENTS",
     "emulated",
     "has_uprobe_links",
     "load_typed_tracepoint",
@@ -39,12 +40,16 @@ __all__ = [
     "open_tracepoint",
     "open_uprobe",
     "open_uprobes",
+    "perf_events_refused",
     "program_misses",
     "run_on_cpu",
     "time_enabled",
     "try_bpf",
     "try_software_event",
 ]
+
+PERF_EVENTS: Final = "sysctl kernel.perf_event_paranoid=2, or give it CAP_SYS_ADMIN"
+"""What lets a process with CAP_PERFMON open perf events on a kernel that asks for more, as Debian's do."""
 
 _NR_PERF_EVENT_OPEN = 298
 _NR_BPF = 321
@@ -129,6 +134,11 @@ def try_software_event() -> int:
     except OSError as error:
         return error.errno or 0
     return 0
+
+
+def perf_events_refused() -> bool:
+    """Tell whether this process may not open perf events; :data:`PERF_EVENTS` is what lets it."""
+    return try_software_event() in (errno.EACCES, errno.EPERM)
 
 
 def map_array(fd: int, dtype: np.dtype[Any], entries: int) -> NDArray[Any]:

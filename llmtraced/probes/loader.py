@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from llmtraced import headers, schema
+from llmtraced import children, headers, schema
 from llmtraced.capabilities import can_load, held
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
 from llmtraced.ggml_layout import OPERATOR_BYTES
@@ -263,7 +263,7 @@ def _compile_in_child(module: str, argument: str, skip: int) -> tuple[dict[str, 
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), headers.SKIP: str(skip)},
+            env=children.environment(**{headers.SKIP: str(skip)}),
         )
         theirs.close()
         fds: list[int] = []

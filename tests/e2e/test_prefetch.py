@@ -31,6 +31,7 @@ from llmtraced.bench.pressure import MemoryCgroup, drop_cache
 from llmtraced.errors import LlmtracedError
 from llmtraced.gguf_map import read_model
 from llmtraced.prefetch import plan as plans
+from llmtraced.prefetch.guesses import DEFAULT, SOURCES
 
 pytestmark = pytest.mark.e2e
 
@@ -452,9 +453,9 @@ def test_a_mixtures_choices_are_known_before_they_are_made(
     with group, Server(path, binary=llama_server, threads=2, ctx=512, extra=("--no-repack",), cgroup=group) as server:
         varied = {"temperature": 1.0, "seed": 7}
         expected = server.completion(PROMPT, TOKENS, **varied)["content"]
-        with Sidecar(
-            server.pid, tmp_path, "--strategy", "auto" if arch == "llama" else "moe", "--trial", "0"
-        ) as sidecar:
+        # Of one of them everything is guessed that can be.
+        options = ("auto", "--predict", ",".join(SOURCES)) if arch == "llama" else ("moe",)
+        with Sidecar(server.pid, tmp_path, "--trial", "0", "--strategy", *options) as sidecar:
             deadline = time.monotonic() + (300 if EMULATED else 60)
             while not sidecar.metrics().get("engaged"):
                 assert time.monotonic() < deadline, sidecar.said()
@@ -467,7 +468,15 @@ def test_a_mixtures_choices_are_known_before_they_are_made(
         assert told["chosen"] >= 2 * TOKENS * shape.n_layers
         assert told["router_checked"] > told["chosen"] / 4
         assert told["router_surprises"] <= told["router_checked"] / 500  # two that are as good as equal
-        assert told["ahead_precision"] > 0.5  # 4 of 64 by chance: 0.06
+        guesses = told["predictors"]
+        assert set(guesses) == set(SOURCES if arch == "llama" else DEFAULT)
+        for source, figures in guesses.items():
+            least = 0.1 if source in ("last", "coactivation") else 0.5  # 4 of 64 by chance: 0.06
+            assert figures["right"] > least, (source, guesses)
+        assert guesses["router"]["mean_ahead_s"] < guesses["attention"]["mean_ahead_s"], guesses
+        if arch == "llama":
+            ahead = [guesses[source]["mean_ahead_s"] for source in ("attention", "router-1", "router-2", "last")]
+            assert ahead == sorted(ahead), guesses
         assert told["read_bytes"] > 0
         assert told["failed_reads"] == 0
         assert 0 < told["held_bytes"] <= told["capacity_bytes"] <= limit

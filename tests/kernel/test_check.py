@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from helpers import need
 
-from llmtraced import checks
+from llmtraced import checks, children
 from llmtraced.probes import KERNEL_POINTS, PROCESS_POINTS
 
 pytestmark = pytest.mark.kernel
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONDONTWRITEBYTECODE": "1"}
+ENVIRONMENT = children.environment(PYTHONDONTWRITEBYTECODE="1")
 
 
 def check(*options: str, before: Sequence[str] = (), **how: Any) -> tuple[int, dict[str, dict[str, Any]], bool]:

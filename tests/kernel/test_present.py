@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import need
 
-from llmtraced import headers
+from llmtraced import children, headers
 
 pytestmark = pytest.mark.kernel
 
@@ -30,7 +29,7 @@ def test_programs_compile_with_a_tree_in_one_piece(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     for half in dict.fromkeys((found.source.resolve(), found.build.resolve())):
         subprocess.run(["cp", "-as", "--update", f"{half}/.", str(whole)], check=True)
-    env = {**os.environ, "BCC_KERNEL_SOURCE": str(whole), "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = children.environment(BCC_KERNEL_SOURCE=str(whole))
     done = subprocess.run([sys.executable, "-c", LOAD], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -42,7 +41,7 @@ def test_halves_are_merged_and_nothing_is_left(tmp_path: Path) -> None:
     """Debian's layout, in a folder that no kernel's name leads to, without the right to mount anything."""
     found = headers.find()
     need(found.build.is_dir(), "needs headers in a folder")
-    env = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = children.environment(TMPDIR=str(tmp_path))
     mounts, modules = Path("/proc/self/mountinfo").read_text(), sorted(Path("/lib/modules").glob("*/*"))
     command = ["setpriv", "--bounding-set", "-sys_admin", sys.executable, "-c", LOAD]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 
-from llmtraced import capabilities, daemon
+from llmtraced import capabilities, children, daemon
 from llmtraced.config import Config
 from llmtraced.errors import NO_PERMISSION, LlmtracedError
 from llmtraced.probes import kernel
@@ -47,7 +46,7 @@ print(json.dumps(words))
 
 @pytest.mark.kernel("root")
 def test_what_is_given_up_is_gone_for_children_too() -> None:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = children.environment()
     done = subprocess.run([sys.executable, "-c", CHILD], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     before, within, after, kept, child = json.loads(done.stdout)

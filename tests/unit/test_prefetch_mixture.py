@@ -10,7 +10,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from llmtraced.errors import LlmtracedError
 from llmtraced.ggml_layout import Graph, Node
 from llmtraced.gguf_map import Model, read_model
 from llmtraced.prefetch.clock import EXPERTS, INPUT
+from llmtraced.prefetch.guesses import DEFAULT
 from llmtraced.prefetch.mixture import Mixture
 from llmtraced.prefetch.routing import mixture
 
@@ -154,11 +155,11 @@ class FakePages:
 class Rig:
     """A mixture on fake pages, and a server that chooses what the test says."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, predict: Sequence[str] = ("router-1", *DEFAULT)) -> None:
         self.model, self.marks, told = told_of(path)
         self.pages = FakePages(path)
         self.said: list[str] = []
-        self.mixture = Mixture(os.getpid(), [self.pages], told, 1, self.said.append)  # type: ignore[list-item]
+        self.mixture = Mixture(os.getpid(), [self.pages], told, predict, self.said.append)  # type: ignore[list-item]
         os.close(told["code"])
         self.told = told
         tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
@@ -244,7 +245,11 @@ def test_the_servers_word_counts_where_the_guess_was_wrong(rig: Rig) -> None:
     wanted = rig.slices(2, *guess, other)
     wait_until(lambda: wanted <= rig.pages.resident, 10, "the expert that had not been guessed to be read")
     summary = rig.mixture.summary()
-    assert summary["ahead_precision"] == 1 / N_USED
+    assert summary["predictors"]["attention"]["right"] == 1 / N_USED
+    each = sum(size for _, _, size in rig.told["layers"][2]["slices"])
+    assert summary["missing_bytes"] == 2 * each, "one that was guessed, one that was not"
+    assert summary["predictors"]["attention"]["recall"] == 0.5
+    assert summary["predictors"]["attention"]["precision"] == 1 / N_USED
     assert summary["missed_bytes"] > 0
     assert summary["router_checked"] == 0, "no input of the router itself was seen"
 
@@ -309,3 +314,57 @@ def test_nothing_is_given_back_at_the_end(paths: dict[str, Path]) -> None:
     wait_until(lambda: rig.here(0, 3, 4), 10, "what is used to be read")
     rig.mixture.release()
     assert rig.pages.given_back == [], "the kernel takes it when it wants"
+
+
+@pytest.mark.parametrize(
+    ("predict", "marks"),
+    [((), ()), (("last", "coactivation"), ()), (("attention",), ("attention",)), (("router-2",), ("router",))],
+)
+def test_inputs_are_asked_for_by_whom_they_are_needed(
+    paths: dict[str, Path], predict: Sequence[str], marks: Sequence[str]
+) -> None:
+    rig = Rig(paths["llama"], predict)
+    wakes = rig.mixture.wakes()
+    assert {mark for mark, what in wakes.items() if what == INPUT} == {
+        one[f"{mark}_mark"] for one in rig.told["layers"] for mark in marks
+    }
+    assert {mark for mark, what in wakes.items() if what == EXPERTS} == {
+        one["experts_mark"] for one in rig.told["layers"]
+    }
+    rig.mixture.release()
+
+
+def test_two_layers_ahead_and_no_nearer(paths: dict[str, Path]) -> None:
+    rig = Rig(paths["llama"], ("router-2",))
+    rig.mixture.hold(rig.mixture.total)
+    rig.mixture.begin()
+    x = vector(3)
+    rig.input(0, x)
+    ahead = rig.slices(2, *rig.chosen(2, x))
+    wait_until(lambda: ahead <= rig.pages.resident, 10, "what is probably used two layers on to be read")
+    assert rig.pages.resident == ahead
+    rig.use(2, *rig.chosen(2, x))
+    told = rig.mixture.summary()["predictors"]["router-2"]
+    assert (told["right"], told["recall"], told["precision"]) == (1, 1, 1)
+    assert 0 < told["mean_ahead_s"] < 10
+    rig.mixture.release()
+
+
+def test_what_the_past_says_is_read_early(paths: dict[str, Path]) -> None:
+    """Token after token uses 3 and 4 in layer 0, 5 and 6 in layer 1; then layer 0 alone says what layer 1 will use."""
+    rig = Rig(paths["llama"], ("last", "coactivation"))
+    rig.mixture.hold(rig.mixture.total)
+    for _ in range(3):
+        rig.mixture.begin()
+        rig.use(0, 3, 4)
+        rig.use(1, 5, 6)
+    told = rig.mixture.summary()["predictors"]
+    assert (told["last"]["right"], told["coactivation"]["right"]) == (1, 1)
+    wait_until(lambda: rig.here(0, 3, 4) and rig.here(1, 5, 6), 10, "four experts to be read")
+    rig.mixture.begin()  # none of them is in use any more
+    rig.mixture.relieve(rig.mixture.residency.held)
+    wait_until(lambda: not rig.pages.resident, 10, "all of them to be given back")
+    rig.mixture.hold(rig.mixture.total)
+    rig.use(0, 3, 4)
+    wait_until(lambda: rig.slices(1, 5, 6) <= rig.pages.resident, 10, "layer 1's to be read before it uses them")
+    rig.mixture.release()

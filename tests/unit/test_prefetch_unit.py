@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llmtraced import children
 from llmtraced.errors import USAGE, LlmtracedError
 from llmtraced.prefetch import unit
 
@@ -76,7 +77,7 @@ def test_descriptors_arrive_under_their_numbers(tmp_path: Path, monkeypatch: pyt
         text, ancillary, _, _ = systemd.recvmsg(99, socket.CMSG_SPACE(4))
         assert b"FDNAME=sidecar" in text
         (kept,) = array.array("i", ancillary[0][2])
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = children.environment()
     command = [sys.executable, "-c", CHILD, str(kept), str(one), str(two)]
     done = subprocess.run(command, pass_fds=[kept], env=env, capture_output=True, text=True, check=False)
     os.close(kept)

@@ -1,0 +1,123 @@
+"""Which experts will be chosen: where guesses come from, and how good each source's are. Pure. Standard library only.
+
+The router itself, and what is put through it, are in :mod:`llmtraced.prefetch.router`; here is what the past says. The
+same predictors are measured offline by :mod:`llmtraced.analysis.predictors`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection, Mapping
+from typing import Any
+
+__all__ = ["DEFAULT", "SOURCES", "CoActivation", "LastTokens", "Tally"]
+
+SOURCES = ("last", "coactivation", "router-2", "router-1", "attention", "router")
+"""Experts of the last tokens; what the layer before has chosen; the layer's router, given the router's input of the
+layer two or one before, the input of the layer's attention, or its own input."""
+
+DEFAULT = ("attention", "router")
+
+_WEIGHT = 0.8  # of a use, each token later
+
+
+class LastTokens:
+    """Of one layer: the experts with the highest sum of uses, one weighing 0.8 of that a token later.
+
+    Args:
+        n_experts: of the layer.
+        n_used: experts that a token uses.
+    """
+
+    def __init__(self, n_experts: int, n_used: int) -> None:
+        self._n_used = n_used
+        self._scores = [0.0] * n_experts
+
+    def after(self, used: Collection[int]) -> set[int]:
+        """Take in what a token uses; return what the next one will probably use."""
+        self._scores = [score * _WEIGHT for score in self._scores]
+        for one in used:
+            self._scores[one] += 1.0
+        return _best(self._scores, self._n_used)
+
+
+class CoActivation:
+    """Of two layers, one after the other: how often experts of the later were used with those of the earlier.
+
+    Args:
+        n_experts: of each layer.
+        n_used: experts that a token uses.
+    """
+
+    def __init__(self, n_experts: int, n_used: int) -> None:
+        self._n_used = n_used
+        self._counts = [array("L", bytes(8 * n_experts)) for _ in range(n_experts)]
+        self._uses = [0] * n_experts
+
+    def learn(self, before: Collection[int], then: Collection[int]) -> None:
+        """Take in what a token used in both layers."""
+        for one in before:
+            self._uses[one] += 1
+            counts = self._counts[one]
+            for other in then:
+                counts[other] += 1
+
+    def after(self, before: Collection[int]) -> set[int]:
+        """Return what the later layer will probably use: the highest sums of P(it | one that the earlier used)."""
+        known = [one for one in before if self._uses[one]]
+        if not known:
+            return set()
+        weights = [1.0 / self._uses[one] for one in known]
+        rows = [self._counts[one] for one in known]
+        scores = [sum(w * n for w, n in zip(weights, column, strict=True)) for column in zip(*rows, strict=True)]
+        return _best(scores, self._n_used)
+
+
+def _best(scores: list[float], count: int) -> set[int]:
+    order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+    return {one for one in order[:count] if scores[one] > 0}
+
+
+class Tally:
+    """How good the guesses of one source are.
+
+    Attributes:
+        guessed, right: experts that were guessed; those of them that were then chosen.
+        read, useful: bytes that were read for a guess; those of them whose expert was then chosen.
+        layers, ahead_ns: guesses that were compared, a layer each; sum of the times from guess to use.
+    """
+
+    def __init__(self) -> None:
+        self.guessed = self.right = self.read = self.useful = self.layers = self.ahead_ns = 0
+        self._open: dict[int, tuple[Collection[int], Mapping[int, int], int]] = {}
+
+    def made(self, layer: int, experts: Collection[int], read: Mapping[int, int], ts: int) -> None:
+        """Take in a guess: the experts, the bytes of those that are read for it, and when (ns)."""
+        self._open[layer] = experts, read, ts
+
+    def judge(self, layer: int, used: Collection[int], ts: int) -> None:
+        """Take in what the layer uses, as of ``ts`` (ns)."""
+        found = self._open.pop(layer, None)
+        if found is None:
+            return
+        experts, read, made = found
+        self.layers += 1
+        self.guessed += len(experts)
+        self.right += sum(one in used for one in experts)
+        self.read += sum(read.values())
+        self.useful += sum(nbytes for one, nbytes in read.items() if one in used)
+        self.ahead_ns += ts - made
+
+    def forget(self) -> None:
+        """Forget guesses that were not compared: the graph is over."""
+        self._open.clear()
+
+    def summary(self, missing: int) -> dict[str, Any]:
+        """Return the figures; ``missing``: bytes that were chosen and not in memory, whoever guessed them or nobody."""
+        return {
+            "right": self.right / self.guessed if self.guessed else None,
+            "read_bytes": self.read,
+            "precision": self.useful / self.read if self.read else None,
+            "recall": self.useful / missing if missing else None,
+            "mean_ahead_s": self.ahead_ns / self.layers / 1e9 if self.layers else None,
+        }
