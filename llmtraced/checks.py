@@ -53,7 +53,7 @@ def run(pid: int | None = None) -> Iterator[Check]:
         yield Check("programs", "unknown", f"not tried: needs {', '.join(needs)}")
     else:
         try:
-            tracer = Tracer()
+            tracer = Tracer(anew=True)
         except (LlmtracedError, OSError, ValueError) as error:
             yield refused(str(error))
             needs = ["programs"]

@@ -193,7 +193,7 @@ def kernel_headers(find: Callable[[], headers.Headers], here: str) -> Check:
 
 def bcc(here: str) -> Check:
     """Check that BCC can be imported, in a process of its own: it brings LLVM, and may fail in its libraries."""
-    code = "from llmtraced.probes import loader; print(loader.import_bcc().__version__)"
+    code = "from llmtraced.probes import compiler; print(compiler.import_bcc().__version__)"
     done = subprocess.run(
         [sys.executable, "-c", code], env=children.environment(), capture_output=True, text=True, check=False
     )

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from llmtraced import kept
 from llmtraced.bench.beside import Sidecar
-from llmtraced.bench.engine import Server, default_cache_dir, ensure_gemma, ensure_llama_server, free_port, stop
+from llmtraced.bench.engine import Server, ensure_gemma, ensure_llama_server, free_port, stop
 from llmtraced.bench.pressure import MemoryCgroup, drop_cache, read_ahead_kb
 from llmtraced.errors import USAGE, LlmtracedError
 
@@ -111,7 +112,7 @@ def tell(folder: Path | None = None, *, n_predict: int = 32) -> Story:
     Raises:
         LlmtracedError: something is missing that could not be had.
     """
-    base = folder or default_cache_dir() / "demo"
+    base = folder or kept.folder() / "demo"
     mine = {base / name for name in _FILES}
     if base.exists() and (not base.is_dir() or not set(base.iterdir()) <= mine):
         raise LlmtracedError(

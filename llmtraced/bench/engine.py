@@ -24,7 +24,6 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from llmtraced.bench.fetch import (
-    default_cache_dir,
     ensure_gemma,
     ensure_llama_server,
     ensure_sync_package,
@@ -37,7 +36,6 @@ from llmtraced.errors import LlmtracedError, printable
 __all__ = [
     "Server",
     "SyncEngine",
-    "default_cache_dir",
     "ensure_gemma",
     "ensure_llama_server",
     "find_llama_server",

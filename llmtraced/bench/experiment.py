@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from llmtraced import kept
 from llmtraced.analysis.experts import experts
 from llmtraced.analysis.pattern import pattern
 from llmtraced.analysis.reread import reread
@@ -26,7 +27,6 @@ from llmtraced.analysis.tokens import tokens
 from llmtraced.analysis.trace import Trace, open_trace
 from llmtraced.bench import models
 from llmtraced.bench.engine import Server, ensure_gemma
-from llmtraced.bench.fetch import default_cache_dir
 from llmtraced.bench.figures import machine, spread
 from llmtraced.bench.overhead import limit_bytes
 from llmtraced.bench.pressure import MemoryCgroup, ReadAhead, drop_cache
@@ -86,7 +86,7 @@ def model_path(name: str) -> tuple[str, Path]:
     shape = MODELS[name]
     if shape is None:
         return name, ensure_gemma()
-    path = default_cache_dir() / f"experiment-{name}-{models.fingerprint(shape)}.gguf"
+    path = kept.folder() / f"experiment-{name}-{models.fingerprint(shape)}.gguf"
     if not path.exists():
         log.info("writing the %s model, %.1f GB", name, models.plan_bytes(shape) / 1e9)
         models.write(path, shape)

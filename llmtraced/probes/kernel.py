@@ -13,8 +13,10 @@ import fcntl
 import mmap
 import os
 import re
+import resource
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,13 +27,16 @@ from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
 
 __all__ = [
     "COOKIE_METHOD",
+    "KINDS",
     "PERF_EVENTS",
+    "MapInfo",
+    "create_map",
     "emulated",
     "has_uprobe_links",
-    "load_typed_tracepoint",
-    "load_uprobe",
+    "load_program",
     "map_array",
     "map_delete",
+    "map_info",
     "map_lookup",
     "map_update",
     "online_cpus",
@@ -53,11 +58,10 @@ PERF_EVENTS: Final = "sysctl kernel.perf_event_paranoid=2, or give it CAP_SYS_AD
 
 _NR_PERF_EVENT_OPEN = 298
 _NR_BPF = 321
-_BPF_MAP_LOOKUP_ELEM, _BPF_MAP_UPDATE_ELEM, _BPF_MAP_DELETE_ELEM = 1, 2, 3
+_BPF_MAP_CREATE, _BPF_MAP_LOOKUP_ELEM, _BPF_MAP_UPDATE_ELEM, _BPF_MAP_DELETE_ELEM = 0, 1, 2, 3
 _BPF_PROG_LOAD, _BPF_PROG_TEST_RUN, _BPF_OBJ_GET_INFO_BY_FD, _BPF_RAW_TRACEPOINT_OPEN = 5, 10, 15, 17
 _BPF_LINK_CREATE = 28
-_BPF_PROG_TYPE_KPROBE, _BPF_PROG_TYPE_TRACING = 2, 26
-_BPF_TRACE_RAW_TP, _BPF_PERF_EVENT, _BPF_TRACE_UPROBE_MULTI = 23, 41, 48
+_BPF_PERF_EVENT, _BPF_TRACE_UPROBE_MULTI = 41, 48
 _BPF_F_UPROBE_MULTI_RETURN = 1
 _PERF_TYPE_SOFTWARE = 1
 _PERF_FLAG_FD_CLOEXEC = 8
@@ -84,11 +88,22 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _bpf(command: int, attr: bytes) -> bytes:
+    """Call bpf(2) and return what it has made of ``attr``."""
+    return _called(command, attr)[1]
+
+
+def _bpf_fd(command: int, attr: bytes) -> int:
+    """Call bpf(2) and return the descriptor that it returns."""
+    return _called(command, attr)[0]
+
+
+def _called(command: int, attr: bytes) -> tuple[int, bytes]:
     buffer = ctypes.create_string_buffer(attr, max(len(attr), 128))
-    if _libc.syscall(_NR_BPF, command, buffer, len(buffer)) < 0:
+    result = int(_libc.syscall(_NR_BPF, command, buffer, len(buffer)))
+    if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-    return buffer.raw
+    return result, buffer.raw
 
 
 def _address(data: ctypes.Array[ctypes.c_char]) -> int:
@@ -155,43 +170,75 @@ def map_array(fd: int, dtype: np.dtype[Any], entries: int) -> NDArray[Any]:
     return np.frombuffer(memory, dtype=dtype, count=entries)
 
 
-def load_typed_tracepoint(name: str, instructions: bytes, btf_type: int) -> int:
-    """Load a program for one raw tracepoint, whose arguments' types the verifier takes from the kernel's BTF (5.5).
+@dataclass(frozen=True, slots=True)
+class MapInfo:
+    """What a map is: its name, type (BPF_MAP_TYPE_*), bytes of a key and a value, entries, flags (BPF_F_*)."""
+
+    name: str
+    type: int
+    key_bytes: int
+    value_bytes: int
+    entries: int
+    flags: int
+
+
+def map_info(fd: int, name: str = "") -> MapInfo:
+    """Return what a map is; ``name``: what to call it, for the kernel cuts names off after 15 characters."""
+    info = ctypes.create_string_buffer(128)  # bpf_map_info: type, id, key_size, value_size, max_entries, flags, name
+    _bpf(_BPF_OBJ_GET_INFO_BY_FD, struct.pack("<IIQ", fd, len(info), _address(info)))
+    kind, _, key, value, entries, flags, cut = struct.unpack_from("<6I16s", info.raw)
+    return MapInfo(name or cut.rstrip(b"\0").decode(), kind, key, value, entries, flags)
+
+
+def create_map(info: MapInfo) -> int:
+    """Make a map and return its descriptor.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    sizes = (info.type, info.key_bytes, info.value_bytes, info.entries, info.flags)
+    attr = struct.pack("<5I8x15sx", *sizes, info.name.encode())  # 8: inner_map_fd, numa_node
+    try:
+        return _bpf_fd(_BPF_MAP_CREATE, attr)
+    except PermissionError:  # before 5.11 maps are charged to this limit
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return _bpf_fd(_BPF_MAP_CREATE, attr)
+
+
+KINDS: Final = {
+    "RAW_TRACEPOINT": (17, 0),
+    "TYPED_TRACEPOINT": (26, 23),
+    "PERF_EVENT": (7, 0),
+    "KPROBE": (2, 0),
+    "UPROBE": (2, 48),
+}
+"""Kinds of programs: BPF_PROG_TYPE_*, BPF_* to attach as. A typed one is for one raw tracepoint, whose arguments' types
+the verifier takes from the kernel's BTF (5.5). Kernels before 6.6, which do not know uprobe links (48,
+BPF_TRACE_UPROBE_MULTI), do not look at what a program of type KPROBE (2) is loaded for."""
+
+
+def load_program(name: str, instructions: bytes, kind: str, btf_type: int = 0) -> int:
+    """Load a program and return its descriptor.
 
     Args:
         name: of the program.
         instructions: compiled, 8 bytes each, with the descriptors of its maps in them.
-        btf_type: number of the tracepoint's type, ``btf_trace_NAME``.
+        kind: of :data:`KINDS`.
+        btf_type: of a typed tracepoint, number of its type, ``btf_trace_NAME``.
 
     Raises:
         OSError: the kernel refuses it; with the end of what the verifier said.
     """
-    return _load(name, instructions, _BPF_PROG_TYPE_TRACING, _BPF_TRACE_RAW_TP, btf_type)
-
-
-def load_uprobe(name: str, instructions: bytes) -> int:
-    """Load a program for :func:`open_uprobe` and :func:`open_uprobes`.
-
-    The rest is as in :func:`load_typed_tracepoint`. Kernels before 6.6, which do not know uprobe links, do not
-    look at what a program of this type is loaded for.
-    """
-    return _load(name, instructions, _BPF_PROG_TYPE_KPROBE, _BPF_TRACE_UPROBE_MULTI, 0)
-
-
-def _load(name: str, instructions: bytes, kind: int, attach_type: int, btf_type: int) -> int:
+    number, attach_type = KINDS[kind]
     code, license_ = ctypes.create_string_buffer(instructions, len(instructions)), ctypes.create_string_buffer(b"GPL")
     # prog_type, insn_cnt, insns, license; then log_level, log_size, log_buf; then kern_version, prog_flags, prog_name,
     # prog_ifindex, expected_attach_type, prog_btf_fd and six more for functions and lines, attach_btf_id
-    head = struct.pack("<IIQQ", kind, len(instructions) // 8, _address(code), _address(license_))
+    head = struct.pack("<IIQQ", number, len(instructions) // 8, _address(code), _address(license_))
     tail = struct.pack("<II15sxII36xI", 0, 0, name.encode(), 0, attach_type, btf_type)
 
     def load(log: bytes) -> int:
-        buffer = ctypes.create_string_buffer(head + log + tail, 144)
-        fd = int(_libc.syscall(_NR_BPF, _BPF_PROG_LOAD, buffer, len(buffer)))
-        if fd < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        return fd
+        return _bpf_fd(_BPF_PROG_LOAD, (head + log + tail).ljust(144, b"\0"))
 
     try:
         return load(struct.pack("<IIQ", 0, 0, 0))
@@ -267,7 +314,7 @@ def _start(fd: int, program: int, what: str) -> int:
 def open_tracepoint(name: str, program: int, what: str, *, typed: bool = False) -> int:
     """Attach ``program`` on all CPUs; closing the returned descriptor detaches it.
 
-    It is of type RAW_TRACEPOINT or, if ``typed``, was loaded for this tracepoint (:func:`load_typed_tracepoint`).
+    It is of type RAW_TRACEPOINT or, if ``typed``, was loaded for this tracepoint (kind TYPED_TRACEPOINT).
     """
     text = ctypes.create_string_buffer(name.encode())
     buffer = ctypes.create_string_buffer(struct.pack("<QI", 0 if typed else _address(text), program), 128)
@@ -350,22 +397,13 @@ def open_uprobe(
     attr = _attr(kind, (1 << bit) if on_return else 0, config1=_address(name), config2=offset)
     event = _perf_event_open(attr, pid, -1, what)
     try:  # a link, and not the ioctl, for its cookie (5.15); it holds the event
-        link = _link_create(struct.pack("<IIIIQ", program, event, _BPF_PERF_EVENT, 0, cookie))
+        link = _bpf_fd(_BPF_LINK_CREATE, struct.pack("<IIIIQ", program, event, _BPF_PERF_EVENT, 0, cookie))
         fcntl.ioctl(event, _PERF_EVENT_IOC_ENABLE, 0)
     except OSError as error:
         raise LlmtracedError(f"cannot attach to {what}: {error.strerror}", UNSUPPORTED) from error
     finally:
         os.close(event)
     return link
-
-
-def _link_create(attr: bytes) -> int:
-    buffer = ctypes.create_string_buffer(attr, 128)
-    fd = int(_libc.syscall(_NR_BPF, _BPF_LINK_CREATE, buffer, len(buffer)))
-    if fd < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return fd
 
 
 def open_uprobes(path: str, cookies: Mapping[int, int], pid: int, program: int, what: str) -> int:
@@ -375,7 +413,7 @@ def open_uprobes(path: str, cookies: Mapping[int, int], pid: int, program: int, 
         path: as for :func:`open_uprobe`.
         cookies: what ``bpf_get_attach_cookie`` gives the program, by the function's offset in the file.
         pid: the process.
-        program: from :func:`load_uprobe`.
+        program: of kind UPROBE.
         what: for the error message.
     """
     try:
@@ -409,4 +447,4 @@ def _uprobe_link(
     head = struct.pack("<IIII", program, 0, _BPF_TRACE_UPROBE_MULTI, 0)
     addresses = ctypes.addressof(name), ctypes.addressof(offsets), 0, ctypes.addressof(values)
     flags = _BPF_F_UPROBE_MULTI_RETURN if on_return else 0
-    return _link_create(head + struct.pack("<QQQQIII", *addresses, n, flags, pid))
+    return _bpf_fd(_BPF_LINK_CREATE, head + struct.pack("<QQQQIII", *addresses, n, flags, pid))

@@ -1,33 +1,22 @@
-"""Compile and load the BPF programs: the only module that imports BCC.
-
-BCC brings LLVM, 150 MB of it, needed for seconds. So it runs in a child (this module as a program) which compiles,
-loads, sends the descriptors of the programs and maps over a socket and exits; :func:`load` in the parent keeps only
-descriptors.
-"""
+"""The tracer's BPF programs: what they are compiled of, and loading them."""
 
 from __future__ import annotations
 
-import array
-import importlib.util
 import json
-import logging
 import os
 import re
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from llmtraced import children, headers, schema
-from llmtraced.capabilities import can_load, held
-from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
+from llmtraced import schema
+from llmtraced.errors import UNSUPPORTED, LlmtracedError
 from llmtraced.ggml_layout import OPERATOR_BYTES
-from llmtraced.probes import KERNEL_POINTS, btf, kernel
+from llmtraced.probes import KERNEL_POINTS, btf, compiler, kernel
+from llmtraced.probes.image import Image
 from llmtraced.probes.points import Tracepoint
 from llmtraced.probes.shared import OP_RECORDS
 from llmtraced.target import kernel_device
@@ -38,16 +27,12 @@ __all__ = [
     "PROGRAMS",
     "Programs",
     "Sizes",
-    "answer",
     "bpf_folder",
     "compile_flags",
-    "compile_in_child",
-    "import_bcc",
     "load",
+    "load_image",
     "source",
 ]
-
-log = logging.getLogger(__name__)
 
 FILES: Final = 64
 """Model files (shards) that can be traced at the same time."""
@@ -71,7 +56,7 @@ PROGRAMS: Final[Mapping[str, str]] = {
     "on_fused": "UPROBE",
     "on_get_rows": "UPROBE",
 }
-"""BPF programs and their types; uprobes are of type KPROBE as well, in ways that BCC does not know."""
+"""BPF programs and their kinds (kernel.KINDS); some raw tracepoints are typed ones, if their point says so."""
 
 _TYPED: Final = {p.program: p.name for p in KERNEL_POINTS if isinstance(p, Tracepoint) and p.typed}
 
@@ -85,10 +70,8 @@ _SYSCALLS_X86_64: Final = {
     "copy_file_range": 326, "io_uring_enter": 426, "mmap": 9, "mlock": 149, "mlock2": 325, "mlockall": 151,
     "madvise": 28, "process_madvise": 440, "fadvise64": 221, "readahead": 187,
 }  # fmt: skip
-_HEADERS_TRIED: Final = 3
 _FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _ORIG_AX_OFFSET: Final = 120  # struct pt_regs, arch/x86/include/uapi/asm/ptrace.h
-_DISTRIBUTION_BCC: Final = ("/usr/lib/python3/dist-packages", "/usr/lib/python3*/site-packages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,166 +174,59 @@ def _pid_namespace(ours: Path = Path("/proc/self/ns/pid")) -> dict[str, int]:
     return {"LT_PIDNS_DEV": device, "LT_PIDNS_INO": 0 if inode == _FIRST_PID_NAMESPACE else inode}
 
 
-def import_bcc() -> Any:
-    """Import BCC: as any module, else from where distributions put it for their own Python.
+def load(sizes: Sizes | None = None, *, anew: bool = False) -> Programs:
+    """Load everything, compiled in a child or kept from the last time, and return the descriptors.
 
-    BCC's Python part is plain ctypes code, so the distribution's copy works in any virtual environment.
-
-    Raises:
-        LlmtracedError: it is not installed; the message names the packages.
-    """
-    try:
-        import bcc
-    except ImportError:
-        bcc = None
-    if bcc is not None and hasattr(bcc, "BPF"):
-        return bcc
-    folders = [f for pattern in _DISTRIBUTION_BCC for f in sorted(Path("/").glob(pattern.lstrip("/")))]
-    for folder in folders:
-        init = folder / "bcc" / "__init__.py"
-        if init.is_file():
-            spec = importlib.util.spec_from_file_location("bcc", init, submodule_search_locations=[str(init.parent)])
-            if spec is None or spec.loader is None:
-                continue
-            module = importlib.util.module_from_spec(spec)
-            sys.modules["bcc"] = module
-            spec.loader.exec_module(module)
-            return module
-    raise LlmtracedError(
-        "BCC is not installed; apt-get install python3-bpfcc (Debian, Ubuntu) or dnf install python3-bcc (Fedora)",
-        UNSUPPORTED,
-    )
-
-
-def compile_in_child(module: str, argument: str) -> tuple[dict[str, Any], list[int]]:
-    """Run ``python -m module FD argument``, whose :func:`answer` comes back over the socket FD, and return it.
-
-    BCC may be too old for the headers that are tried first: if it fails, others are.
-
-    Raises:
-        LlmtracedError: no permission, or what went wrong in the (first) child.
-    """
-    if not can_load(held()):
-        raise LlmtracedError("loading BPF programs needs root, or CAP_BPF and CAP_PERFMON", NO_PERMISSION)
-    first: LlmtracedError | None = None
-    for skip in range(_HEADERS_TRIED):
-        try:
-            return _compile_in_child(module, argument, skip)
-        except LlmtracedError as error:
-            first = first or error
-            if error.exit_code != UNSUPPORTED or not _others(skip + 1):
-                break
-            log.info("%s; trying other kernel headers", str(error).partition("\n")[0])
-    assert first is not None
-    raise first
-
-
-def _others(tried: int) -> bool:
-    """Tell whether there are more kernel headers than those that have been tried."""
-    try:
-        return len(headers.candidates()) > tried
-    except LlmtracedError:
-        return False
-
-
-def _compile_in_child(module: str, argument: str, skip: int) -> tuple[dict[str, Any], list[int]]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    # A file, not a pipe: nobody reads what the verifier has to say before the child is done.
-    with ours, theirs, tempfile.TemporaryFile() as said:
-        child = subprocess.Popen(
-            [sys.executable, "-m", module, str(theirs.fileno()), argument],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            env=children.environment(**{headers.SKIP: str(skip)}),
-        )
-        theirs.close()
-        fds: list[int] = []
-        message = bytearray()
-        while True:
-            data, ancillary, _, _ = ours.recvmsg(1 << 16, socket.CMSG_SPACE(64 * 4))
-            for level, kind, payload in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    received = array.array("i")
-                    received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
-                    fds += received
-            if not data:
-                break
-            message += data
-        child.wait()
-        said.seek(max(said.seek(0, os.SEEK_END) - (1 << 16), 0))
-        output = said.read().decode(errors="replace")
-    reply: dict[str, Any] = (
-        json.loads(message) if message else {"error": "it ended without an answer", "exit_code": UNSUPPORTED}
-    )
-    if "error" in reply:
-        log.debug("BPF compiler said: %s", output)
-        detail = "" if "remedy" in reply or not output.strip() else "\n" + output.strip()[-2000:]
-        raise LlmtracedError(f"cannot load the BPF programs: {reply['error']}{detail}", reply["exit_code"])
-    return reply, fds
-
-
-def load(sizes: Sizes | None = None) -> Programs:
-    """Compile and load everything in a child and return the descriptors.
+    Args:
+        sizes: of the maps.
+        anew: compile, whatever is kept.
 
     Raises:
         LlmtracedError: no permission, no BCC, no headers, or the maps cannot be made. A single program that the
             kernel refuses is not an error here: it is in ``refused``.
     """
     sizes = sizes or Sizes()
-    reply, fds = compile_in_child("llmtraced.probes.loader", json.dumps(asdict(sizes)))
-    names = reply.pop("names")
-    descriptors = dict(zip(names, fds, strict=True))
+    started = time.monotonic()
+    depends = [source(), *compile_flags(sizes, possible_cpus(), {})]
+    found = compiler.image("llmtraced.probes.loader", json.dumps(asdict(sizes)), depends, anew=anew)
+    programs, maps, refused = load_image(found, _MAPS)
     return Programs(
-        programs={n: fd for n, fd in descriptors.items() if n in PROGRAMS},
-        maps={n: fd for n, fd in descriptors.items() if n not in PROGRAMS},
+        programs,
+        maps,
+        refused | found.about["absent"],
+        compile_seconds=round(time.monotonic() - started, 3),
+        compile_rss_bytes=found.about["compile_rss_bytes"],
+        headers=found.about["headers"],
+        bcc_version=found.about["bcc_version"],
+        needs_admin="on_graph" not in programs or not kernel.has_uprobe_links(programs["on_graph"]),
         sizes=sizes,
-        **reply,
     )
 
 
-def _compile(sizes: Sizes) -> tuple[dict[str, int], dict[str, Any]]:
-    started = time.monotonic()
-    bcc = import_bcc()
-    found = headers.find()
+def load_image(image: Image, maps: Sequence[str]) -> tuple[dict[str, int], dict[str, int], dict[str, str]]:
+    """Do what :meth:`Image.load` does.
+
+    Raises:
+        LlmtracedError: a map cannot be made.
+    """
+    try:
+        return image.load(maps)
+    except OSError as error:
+        raise LlmtracedError(f"cannot load the BPF programs: {error}", UNSUPPORTED) from error
+
+
+def _compile(sizes: Sizes) -> Image:
     types = btf.running()
     flags = compile_flags(sizes, possible_cpus(), btf.kernel_layout(types))
-    try:
-        with headers.presented(found):
-            bpf = bcc.BPF(text=source(), cflags=["-Wno-macro-redefined", *flags])
-    except Exception as error:
-        raise LlmtracedError(f"BCC cannot compile them ({error})", UNSUPPORTED) from error
-    descriptors: dict[str, int] = {}
-    refused: dict[str, str] = {}
+    programs: dict[str, tuple[str, int]] = {}
+    absent: dict[str, str] = {}
     for name, kind in PROGRAMS.items():
         try:
-            if name in _TYPED:  # BCC cannot say for which tracepoint
-                number = types.tracepoint_type(_TYPED[name])
-                descriptors[name] = kernel.load_typed_tracepoint(name, bpf.dump_func(name.encode()), number)
-            elif kind == "UPROBE":
-                descriptors[name] = kernel.load_uprobe(name, bpf.dump_func(name.encode()))
-            else:
-                descriptors[name] = bpf.load_func(name, getattr(bcc.BPF, kind)).fd
-        except Exception as error:
-            refused[name] = str(error)
-    for name in _MAPS:
-        descriptors[name] = bpf[name].map_fd
-    status = Path("/proc/self/status").read_text()
-    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
-    keep_alive.append(bpf)
-    return descriptors, {
-        "names": list(descriptors),
-        "refused": refused,
-        "compile_seconds": round(time.monotonic() - started, 3),
-        "compile_rss_bytes": int(peak[1]) * 1024 if peak else 0,
-        "headers": str(found),
-        "needs_admin": "on_graph" not in descriptors or not kernel.has_uprobe_links(descriptors["on_graph"]),
-        "bcc_version": str(getattr(bcc, "__version__", "?")),
-    }
-
-
-keep_alive: list[Any] = []  # BCC closes its descriptors when its object goes
+            typed = name in _TYPED
+            programs[name] = ("TYPED_TRACEPOINT", types.tracepoint_type(_TYPED[name])) if typed else (kind, 0)
+        except LlmtracedError as error:
+            absent[name] = str(error)
+    return compiler.compiled(source(), flags, programs, _MAPS, absent=absent)
 
 
 def possible_cpus() -> int:
@@ -359,17 +235,5 @@ def possible_cpus() -> int:
     return int(re.split(r"[-,]", text)[-1]) + 1
 
 
-def answer(fd: int, compiled: Callable[[], tuple[dict[str, int], dict[str, Any]]]) -> None:
-    """Send what ``compiled`` returns (descriptors by name, and what else is to be said), or its error, over ``fd``."""
-    with socket.socket(fileno=fd) as parent:
-        try:
-            descriptors, reply = compiled()
-        except LlmtracedError as error:
-            parent.sendall(json.dumps({"error": str(error), "exit_code": error.exit_code}).encode())
-            return
-        fds = array.array("i", descriptors.values())
-        parent.sendmsg([json.dumps(reply).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
-
-
 if __name__ == "__main__":
-    answer(int(sys.argv[1]), lambda: _compile(Sizes(**json.loads(sys.argv[2]))))
+    compiler.answer(int(sys.argv[1]), lambda: _compile(Sizes(**json.loads(sys.argv[2]))))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
-from llmtraced import headers
 from llmtraced.errors import UNSUPPORTED, LlmtracedError
 from llmtraced.ggml_layout import Layout
-from llmtraced.probes import kernel, loader
+from llmtraced.probes import compiler, kernel, loader
+from llmtraced.probes.image import Image
 from llmtraced.probes.points import Uprobe
 from llmtraced.schema import Detail
 from llmtraced.target import Symbol
@@ -119,9 +118,10 @@ def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1, ring_byt
         raise LlmtracedError(
             "this build has no symbol ggml_graph_compute (stripped?), so its graphs cannot be seen", UNSUPPORTED
         )
-    reply, fds = loader.compile_in_child("llmtraced.probes.ticks", f"{width} {ring_bytes}")
-    named = dict(zip(reply["names"], fds, strict=True))
-    ticks = Ticks({name: named[name] for name in _MAPS}, [], [], False)
+    argument = f"{width} {ring_bytes}"
+    found = compiler.image("llmtraced.probes.ticks", argument, [_source(), *_flags(width, ring_bytes)])
+    programs, maps, refused = loader.load_image(found, _MAPS)
+    ticks = Ticks(maps, [], [], False)
     try:
         for point in POINTS:
             if point.program == "on_operator" and ticks.operators:
@@ -130,7 +130,9 @@ def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1, ring_byt
             if symbol is None:
                 ticks.lost.append(f"{point}: this build has no such symbol; {point.lost}")
                 continue
-            program = named[point.program]
+            if point.program in refused:
+                raise LlmtracedError(f"{point}: {refused[point.program]}", UNSUPPORTED)
+            program = programs[point.program]
             ticks.links.append(
                 kernel.open_uprobe(symbol.library, symbol.offset, pid, program, str(point), on_return=point.on_return)
             )
@@ -139,14 +141,16 @@ def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1, ring_byt
         ticks.close()
         raise
     finally:
-        for name in _PROGRAMS:  # what is attached keeps its program
-            os.close(named[name])
+        for program in programs.values():  # what is attached keeps it
+            os.close(program)
     return ticks
 
 
-def _compile(width: int, ring_bytes: int) -> tuple[dict[str, int], dict[str, Any]]:
-    started = time.monotonic()
-    bcc = loader.import_bcc()
+def _source() -> str:
+    return (loader.bpf_folder() / "ticks.bpf.c").read_text()
+
+
+def _flags(width: int, ring_bytes: int) -> list[str]:
     flags = {
         "LT_TICK_PAGES": ring_bytes // 4096,
         "LT_MARKS": MARKS,
@@ -159,17 +163,13 @@ def _compile(width: int, ring_bytes: int) -> tuple[dict[str, int], dict[str, Any
         "WAKE_INPUT": WAKE_INPUT,
         "WAKE_EXPERTS": WAKE_EXPERTS,
     }
-    text = (loader.bpf_folder() / "ticks.bpf.c").read_text()
-    try:
-        with headers.presented(headers.find()):
-            bpf = bcc.BPF(text=text, cflags=["-Wno-macro-redefined", *(f"-D{n}={v}" for n, v in flags.items())])
-        descriptors = {name: bpf.load_func(name, bcc.BPF.KPROBE).fd for name in _PROGRAMS}
-    except Exception as error:
-        raise LlmtracedError(f"BCC cannot compile or load them ({error})", UNSUPPORTED) from error
-    descriptors |= {name: bpf[name].map_fd for name in _MAPS}
-    loader.keep_alive.append(bpf)
-    return descriptors, {"names": list(descriptors), "compile_seconds": round(time.monotonic() - started, 3)}
+    return [f"-D{name}={value}" for name, value in flags.items()]
+
+
+def _compile(width: int, ring_bytes: int) -> Image:
+    programs = dict.fromkeys(_PROGRAMS, ("KPROBE", 0))
+    return compiler.compiled(_source(), _flags(width, ring_bytes), programs, _MAPS)
 
 
 if __name__ == "__main__":
-    loader.answer(int(sys.argv[1]), lambda: _compile(*map(int, sys.argv[2].split())))
+    compiler.answer(int(sys.argv[1]), lambda: _compile(*map(int, sys.argv[2].split())))

@@ -63,6 +63,7 @@ class Tracer:
 
     Args:
         sizes: of ring and maps.
+        anew: compile the programs, whatever is kept from the last time.
 
     Attributes:
         attached: what is attached to the kernel, by attach point.
@@ -70,8 +71,8 @@ class Tracer:
         unplaced: pages of model files that are in no per-tensor total (never seen so far; see docs/pagecache.md).
     """
 
-    def __init__(self, sizes: loader.Sizes | None = None) -> None:
-        self.programs = loader.load(sizes)
+    def __init__(self, sizes: loader.Sizes | None = None, *, anew: bool = False) -> None:
+        self.programs = loader.load(sizes, anew=anew)
         self.sizes = self.programs.sizes
         maps = self.programs.maps
         self.ring = Ring(maps["ring"], self.sizes.ring_bytes)

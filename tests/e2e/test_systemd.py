@@ -156,6 +156,13 @@ def test_the_daemon_from_start_to_stop(machine: Machine) -> None:
         assert trace.table("faults").collect().height > 100
         assert trace.table("tokens").collect()["n_tokens"].sum() >= 10  # the prompt's 8, and more
 
+    (image,) = machine.path("/var/cache/llmtraced/programs").iterdir()
+    compiled = image.stat()
+    assert (compiled.st_mode & 0o777, compiled.st_uid) == (0o600, int(uid))
+    machine.run("systemctl", "start", "llmtraced")
+    assert image.stat().st_mtime_ns == compiled.st_mtime_ns, "it was not compiled again"
+    machine.run("systemctl", "stop", "llmtraced")
+
 
 def test_a_daemon_that_hangs_is_started_again(machine: Machine) -> None:
     machine.run("systemctl", "start", "llmtraced")

@@ -44,7 +44,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
-from llmtraced.bench.fetch import default_cache_dir, ensure_portable_llama_server
+from llmtraced import kept
+from llmtraced.bench.fetch import ensure_portable_llama_server
 from llmtraced.errors import LlmtracedError, printable
 
 __all__ = ["Kernel", "ensure_kernel", "main", "run"]
@@ -110,7 +111,7 @@ def ensure_kernel(package: str = "linux-image-amd64", cache: Path | None = None)
             raise LlmtracedError(f"{printable(package)} is no package of a kernel")
         package = found[0]
     release = package.removeprefix("linux-image-")
-    kernel = Kernel((cache or default_cache_dir()) / "kernels" / release, release)
+    kernel = Kernel((cache or kept.folder()) / "kernels" / release, release)
     if kernel.folder.is_dir():
         return kernel
     # Newer ones have their modules, and all have half of their headers, in packages of their own.
@@ -174,9 +175,9 @@ def run(
     may_sleep = copy is not None
     inside = ["sh", str(INSIDE), str(kernel.folder), kernel.release, str(cgroup), "copy" if may_sleep else "overlay"]
     inside += [str(Path(__file__).parents[2])]
-    with tempfile.NamedTemporaryFile(prefix="llmtraced-guest-", suffix=".img", dir=default_cache_dir()) as disk:
+    with tempfile.NamedTemporaryFile(prefix="llmtraced-guest-", suffix=".img", dir=kept.folder()) as disk:
         disk.truncate(DISK_BYTES)
-        with _root(copy, default_cache_dir()) if copy is not None else contextlib.nullcontext() as root:
+        with _root(copy, kept.folder()) if copy is not None else contextlib.nullcontext() as root:
             _output("/sbin/mkfs.ext4", "-q", "-F", *(("-d", str(root)) if root else ()), disk.name)
         guest = [vng, "--run", str(kernel.image), "--disable-kvm", "--user", "root", "--cpus", "2", "--memory", memory]
         monitor = f" {MONITOR}path={disk.name}.monitor" if may_sleep else ""

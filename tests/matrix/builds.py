@@ -20,7 +20,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
 
-from llmtraced.bench.fetch import default_cache_dir, ensure_pinned_llama_server
+from llmtraced import kept
+from llmtraced.bench.fetch import ensure_pinned_llama_server
 from llmtraced.bench.oldlibc import host_glibc, relink
 
 __all__ = ["BUILDS", "CI", "Build"]
@@ -71,7 +72,7 @@ class Build:
         """Return the server's program, or the folder with the Python package, made or fetched if it is not there."""
         if self.pinned:
             return ensure_pinned_llama_server()
-        folder = default_cache_dir() / "builds" / self.name
+        folder = kept.folder() / "builds" / self.name
         if not folder.exists():
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)

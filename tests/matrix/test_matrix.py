@@ -18,12 +18,12 @@ import pytest
 from builds import BUILDS, CI, Build
 from cells import CELLS, Models, make_models
 
-from llmtraced.bench.fetch import default_cache_dir
+from llmtraced import kept
 
 pytestmark = pytest.mark.e2e
 
 CHOSEN = os.environ.get("LLMTRACED_MATRIX", "")
-RESULTS = default_cache_dir() / "builds" / "matrix.json"
+RESULTS = kept.folder() / "builds" / "matrix.json"
 
 
 def chosen() -> list[Build]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 
 from llmtraced import headers, schema
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
-from llmtraced.probes import btf, loader
+from llmtraced.probes import btf, compiler, kernel, loader
+from llmtraced.probes.image import Image, taken, used_maps
+from llmtraced.probes.kernel import MapInfo
 
 
 @pytest.fixture
@@ -29,7 +33,8 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
         script.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(script))
 
-    monkeypatch.setattr(loader, "held", lambda: {"CAP_SYS_ADMIN"})
+    monkeypatch.setattr(compiler, "held", lambda: {"CAP_SYS_ADMIN"})
+    monkeypatch.setenv("LLMTRACED_CACHE", str(tmp_path / "kept"))
     return becomes
 
 
@@ -52,7 +57,7 @@ def test_a_refusal_keeps_its_exit_code(child: Callable[[str], None]) -> None:
 
 AGAIN = """
 tried = os.environ["LLMTRACED_HEADERS_SKIP"]
-reply(b'{"error": "cannot compile with %s", "exit_code": 4}' % tried.encode() if tried < "WORKS" else b'{"names": []}')
+reply(b'{"error": "cannot compile with %s", "exit_code": 4}' % tried.encode() if tried < "WORKS" else b'an image')
 """
 
 
@@ -70,14 +75,114 @@ def test_headers_that_do_not_compile_make_room_for_others(
     monkeypatch.setattr(headers, "candidates", candidates)
     child(AGAIN.replace("WORKS", works))
     if not said:
-        assert loader.compile_in_child("module", "argument") == ({"names": []}, [])
+        assert compiler.compile_in_child("module", "argument") == b"an image"
         return
     with pytest.raises(LlmtracedError, match=f"^cannot load the BPF programs: cannot compile .*{said}$"):
-        loader.compile_in_child("module", "argument")
+        compiler.compile_in_child("module", "argument")
+
+
+IMAGE = Image((MapInfo("ring", 27, 0, 0, 4096, 0),), {"p": ("KPROBE", 0, b"\x95" + bytes(7))}, {"headers": "h"})
+
+
+def test_what_was_compiled_is_kept_for_what_it_depends_on(child: Callable[[str], None], tmp_path: Path) -> None:
+    data = IMAGE.encoded()
+    child(f"reply({data!r})")
+    assert compiler.image("module", "argument", ["source"]) == IMAGE
+    child("""reply(b'{"error": "compiled again", "exit_code": 4}')""")
+    assert compiler.image("module", "argument", ["source"]) == IMAGE
+    for module, argument, depends in (
+        ("other", "argument", ["source"]),
+        ("module", "other", ["source"]),
+        ("module", "argument", ["other"]),
+        ("module", "argument", ["sour", "ce"]),
+    ):
+        with pytest.raises(LlmtracedError, match="compiled again"):
+            compiler.image(module, argument, depends)
+    with pytest.raises(LlmtracedError, match="compiled again"):
+        compiler.image("module", "argument", ["source"], anew=True)
+    (path,) = (tmp_path / "kept" / "programs").iterdir()
+    path.write_bytes(data[:-1] + b"x")
+    with pytest.raises(LlmtracedError, match="compiled again"):
+        compiler.image("module", "argument", ["source"])
+
+
+def test_what_cannot_be_kept_is_compiled_each_time(child: Callable[[str], None], tmp_path: Path) -> None:
+    (tmp_path / "kept").touch()
+    child(f"reply({IMAGE.encoded()!r})")
+    for _ in range(2):
+        assert compiler.image("module", "argument", []) == IMAGE
+
+
+def test_another_kernel_needs_another_image(
+    child: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child(f"reply({IMAGE.encoded()!r})")
+    types = tmp_path / "vmlinux"
+    monkeypatch.setattr(compiler, "_BTF", types)
+    for content in (None, b"one", b"two"):
+        if content:
+            types.write_bytes(content)
+        compiler.image("module", "argument", [])
+    monkeypatch.setenv("BCC_KERNEL_SOURCE", "/elsewhere")
+    compiler.image("module", "argument", [])
+    assert len(list((tmp_path / "kept" / "programs").iterdir())) == 4
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"{}", b"0" * 64 + b"\n{}", IMAGE.encoded()[:-1]])
+def test_damaged_images(data: bytes) -> None:
+    with pytest.raises(ValueError, match="digest"):
+        Image.decoded(data)
+
+
+def test_an_image_of_something_else() -> None:
+    text = b"{}"
+    with pytest.raises(ValueError, match="no image"):
+        Image.decoded(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+
+
+def test_maps_are_found_in_the_instructions_that_load_their_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wide(source: int, number: int) -> bytes:
+        return struct.pack("<BBhiBBhi", 0x18, source << 4 | 1, 0, number, 0, 0, 0, 7)
+
+    plain = struct.pack("<BBhi", 0xB7, 0x10, 0, 5)  # not wide, whatever its number
+    # A number that looks like a load of map 5 in the second half of a wide one is none.
+    tail = struct.pack("<BBhi", 0x18, 0x11, 0, 5)
+    code = wide(1, 5) + plain + wide(0, 5) + wide(2, 9) + struct.pack("<BBhi", 0x18, 1, 0, 5) + tail + wide(1, 5)
+    assert used_maps([code]) == [5, 9]
+    monkeypatch.setattr(kernel, "map_info", lambda fd, name: MapInfo(name or f"map{fd}", 2, 4, 8, 1, 0))
+    image = taken({"p": ("KPROBE", 0, code)}, {9: "named", 3: "unused"}, {})
+    assert [one.name for one in image.maps] == ["named", "unused", "map5"]
+    moved = image.programs["p"][2]
+    assert used_maps([moved]) == [2, 0]
+    assert [i for i, (a, b) in enumerate(zip(code, moved, strict=True)) if a != b] == [4, 44, 76]
+    made = iter((21, 22, 23))
+    monkeypatch.setattr(kernel, "create_map", lambda _: next(made))
+    closed: list[int] = []
+    monkeypatch.setattr(os, "close", closed.append)
+    loaded: list[bytes] = []
+    monkeypatch.setattr(kernel, "load_program", lambda name, code, kind, number: loaded.append(code) or 30)
+    assert Image.decoded(image.encoded()).load(["named"]) == ({"p": 30}, {"named": 21}, {})
+    assert used_maps(loaded) == [23, 21]
+    assert closed == [22, 23]
+
+
+def test_maps_that_cannot_be_made_leave_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(info: MapInfo) -> int:
+        if info.name == "second":
+            raise OSError(12, "Cannot allocate memory")
+        return 41
+
+    closed: list[int] = []
+    monkeypatch.setattr(kernel, "create_map", create)
+    monkeypatch.setattr(os, "close", closed.append)
+    image = Image((MapInfo("first", 2, 4, 8, 1, 0), MapInfo("second", 2, 4, 8, 1, 0)), {}, {})
+    with pytest.raises(LlmtracedError, match="Cannot allocate memory"):
+        loader.load_image(image, ["first"])
+    assert closed == [41]
 
 
 def test_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "held", lambda: {"CAP_BPF", "CAP_SYS_PTRACE"})
+    monkeypatch.setattr(compiler, "held", lambda: {"CAP_BPF", "CAP_SYS_PTRACE"})
     with pytest.raises(LlmtracedError, match="needs root") as caught:
         loader.load()
     assert caught.value.exit_code == NO_PERMISSION

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import wait_until
 
+from llmtraced import kept
 from llmtraced.bench import engine, fetch, oldlibc, pressure, touch
 from llmtraced.errors import NO_PERMISSION, UNSUPPORTED, LlmtracedError
 
@@ -279,10 +280,10 @@ def test_failed_install_shows_the_log_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_cache_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("LLMTRACED_CACHE", str(tmp_path))
-    assert fetch.default_cache_dir() == tmp_path
+    assert kept.folder() == tmp_path
     monkeypatch.delenv("LLMTRACED_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert fetch.default_cache_dir() == tmp_path / "xdg" / "llmtraced"
+    assert kept.folder() == tmp_path / "xdg" / "llmtraced"
 
 
 def test_server_that_dies_shows_its_log(tmp_path):
