@@ -2,51 +2,58 @@
 
 An *expert* here is one of a layer: its slices of that layer's merged matrices, a few megabytes, used together. Which
 ones a token uses is known only as it goes; but some are used more often than others, and what was used is used again
-soon. So each has a *heat*: a count of its uses in which one counts half after some tokens (LRFU: Lee et al., IEEE
-Transactions on Computers 50(12), 2001; between LFU, a long half-life, and LRU, a short one). The coldest goes first.
+soon. So each has a *worth*: its uses, of which one counts half after 2 tokens, and a 64th of its uses, of which one
+counts half after 64. The first is what was used lately, the second what is used often; the least worth goes first.
+(Counts that decay: LRFU, Lee et al., IEEE Transactions on Computers 50(12), 2001. Why two: docs/experts.md.)
+
+Tokens are counted by layer: an expert that its layer's last evaluation did not use is one token older than one that
+it used, whether that evaluation was in this token or, for layers that are still to come, in the last.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
+from bisect import insort
 from collections.abc import Iterable
 
-__all__ = ["ABSENT", "COMING", "HALF_LIFE", "HERE", "Residency"]
+__all__ = ["ABSENT", "COMING", "HERE", "Residency"]
 
 ABSENT, COMING, HERE = 0, 1, 2
 
-HALF_LIFE = 8.0
-"""Tokens after which a use counts half."""
-
-_COLD = -math.inf
+_LATELY, _OFTEN = 0.5 ** (1 / 2), 0.5 ** (1 / 64)  # what is left of a use a token later
+_SHARE = 1 / 64
 
 
 class Residency:
     """Which experts are in memory, should come, and should go.
 
     Args:
-        nbytes: of each expert.
+        nbytes: of each expert, layer by layer.
+        n_experts: of a layer.
         capacity: bytes that may be in memory.
-        half_life: tokens after which a use counts half.
 
     Attributes:
         state: of each expert: ABSENT, COMING (asked for) or HERE.
         held: bytes of those that are not ABSENT.
-        used, late, missed, wasted: bytes that were here when they were chosen; coming; not even asked for; and those
+        used, late, missed, wasted: bytes that were here when they were used; coming; not even asked for; and those
             that went without having been used since they came.
+        token: counts the graphs; what is used or expected may not go before it has changed.
     """
 
-    def __init__(self, nbytes: list[int], capacity: int, half_life: float = HALF_LIFE) -> None:
-        self.nbytes, self.capacity, self._half = nbytes, capacity, half_life
+    def __init__(self, nbytes: list[int], n_experts: int, capacity: int) -> None:
+        self.nbytes, self.n_experts, self.capacity = nbytes, n_experts, capacity
         self.state = [ABSENT] * len(nbytes)
         self.held = 0
         self.used = self.late = self.missed = self.wasted = 0
-        self._heat = [_COLD] * len(nbytes)  # log2 of the count, as of token 0: so it need not be touched to decay
+        self._lately, self._often = [0.0] * len(nbytes), [0.0] * len(nbytes)
         self._fresh: set[int] = set()  # came, and not used since
         self._kept: dict[int, int] = {}  # may not go before a token
-        self._order: list[tuple[float, int]] = []  # a heap of heat and expert; entries whose heat is old are skipped
+        # By layer, worth and expert, ascending: of those that are not ABSENT, and of some that were gone since.
+        self._order: list[list[tuple[float, int]]] = [[] for _ in range(len(nbytes) // n_experts)]
         self.token = 0
+
+    def worth(self, one: int) -> float:
+        """Return what keeping an expert is worth: about how often a token will use it."""
+        return self._lately[one] + _SHARE * self._often[one]
 
     def adopt(self, experts: Iterable[int]) -> None:
         """Take in that these are in memory."""
@@ -54,14 +61,16 @@ class Residency:
             if self.state[one] == ABSENT:
                 self._come(one, HERE)
 
-    def use(self, experts: Iterable[int]) -> list[int]:
-        """Take in that these have been chosen; return which to read, at once. They may not go during this token."""
+    def use(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Take in what a layer uses; return which to read, at once. They may not go during this token."""
+        first, end = layer * self.n_experts, (layer + 1) * self.n_experts
+        self._lately[first:end] = [_LATELY * count for count in self._lately[first:end]]
+        self._often[first:end] = [_OFTEN * count for count in self._often[first:end]]
         read = []
         for one in experts:
-            heat, now = self._heat[one], self.token / self._half
-            self._heat[one] = now if heat == _COLD else now + math.log2(1 + 2 ** (heat - now))
+            self._lately[one] += 1
+            self._often[one] += 1
             self._kept[one] = self.token
-            self._fresh.discard(one)
             if self.state[one] == HERE:
                 self.used += self.nbytes[one]
             elif self.state[one] == COMING:
@@ -69,10 +78,9 @@ class Residency:
             else:
                 self.missed += self.nbytes[one]
                 self._come(one, COMING)
-                self._fresh.discard(one)
                 read.append(one)
-                continue
-            heapq.heappush(self._order, (self._heat[one], one))
+            self._fresh.discard(one)
+        self._order[layer] = sorted((self.worth(one), one) for one in range(first, end) if self.state[one] != ABSENT)
         return read
 
     def expect(self, experts: Iterable[int]) -> list[int]:
@@ -100,23 +108,24 @@ class Residency:
                 self.wasted += self.nbytes[one]
 
     def surplus(self, room: int = 0) -> list[int]:
-        """Return the experts that must go so that ``room`` bytes are free: the coldest; they are gone from now on."""
+        """Return which must go so that ``room`` bytes are free: those worth the least; they are gone from now on."""
         go: list[int] = []
-        kept: list[tuple[float, int]] = []
-        while self.held > self.capacity - room and self._order:
-            entry = heapq.heappop(self._order)
-            heat, one = entry
-            if self.state[one] != HERE or heat != self._heat[one]:
-                if self.state[one] == COMING and heat == self._heat[one]:
-                    kept.append(entry)
+        stay: list[tuple[float, int]] = []
+        while self.held > self.capacity - room:
+            order = min((order for order in self._order if order), key=lambda order: order[0], default=None)
+            if order is None:
+                break
+            entry = order.pop(0)
+            one = entry[1]
+            if self.state[one] == ABSENT:
                 continue
-            if self._kept.get(one, -1) >= self.token:
-                kept.append(entry)
+            if self.state[one] == COMING or self._kept.get(one, -1) >= self.token:
+                stay.append(entry)
                 continue
             self.gone(one)
             go.append(one)
-        for entry in kept:
-            heapq.heappush(self._order, entry)
+        for entry in stay:
+            insort(self._order[entry[1] // self.n_experts], entry)
         return go
 
     def present(self) -> list[int]:
@@ -124,11 +133,11 @@ class Residency:
         return [one for one, state in enumerate(self.state) if state == HERE]
 
     def hottest(self) -> list[int]:
-        """Return the experts that were ever used, hottest first."""
-        return sorted((i for i, h in enumerate(self._heat) if h != _COLD), key=lambda i: -self._heat[i])
+        """Return the experts that were ever used, those that are worth the most first."""
+        return sorted((one for one, count in enumerate(self._often) if count), key=self.worth, reverse=True)
 
     def _come(self, one: int, state: int) -> None:
         self.state[one] = state
         self.held += self.nbytes[one]
         self._fresh.add(one)
-        heapq.heappush(self._order, (self._heat[one], one))
+        insort(self._order[one // self.n_experts], (self.worth(one), one))

@@ -10,15 +10,19 @@ from array import array
 from collections.abc import Collection, Mapping
 from typing import Any
 
-__all__ = ["DEFAULT", "SOURCES", "CoActivation", "LastTokens", "Tally"]
+__all__ = ["DEFAULT", "SOURCES", "SURE", "CoActivation", "LastTokens", "Margin", "Tally"]
 
 SOURCES = ("last", "coactivation", "router-2", "router-1", "attention", "router")
 """Experts of the last tokens; what the layer before has chosen; the layer's router, given the router's input of the
 layer two or one before, the input of the layer's attention, or its own input."""
 
-DEFAULT = ("attention", "router")
+DEFAULT = ("router-1", "attention", "router")
+
+SURE = {"router-2": 0.95, "router-1": 0.95, "attention": 0.99}
+"""Share of a source's guesses that should be right; what it is less sure of is left to others (:class:`Margin`)."""
 
 _WEIGHT = 0.8  # of a use, each token later
+_STEP, _DOUBT = 0.1, 1.001
 
 
 class LastTokens:
@@ -78,6 +82,34 @@ def _best(scores: list[float], count: int) -> set[int]:
     return {one for one in order[:count] if scores[one] > 0}
 
 
+class Margin:
+    """How much more than the best expert that is not guessed one must score, so that enough of the guesses are right.
+
+    A guess that was wrong raises it, one that was right lowers it, by as much less as it should be less rare: where the
+    share of the right ones is ``share`` both are in balance (Robbins and Monro 1951). No scale of scores is assumed.
+
+    Args:
+        share: of the guesses that should be right.
+
+    Attributes:
+        least: the margin.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.least = self._floor = 0.0
+        self._down = 1 + _STEP * (1 - share) / share
+
+    def begin(self, gap: float) -> None:
+        """Take in by how much the best of a layer's experts exceeds the best that is not guessed, the first time."""
+        if not self._floor:
+            self.least, self._floor = gap / 2, gap / 100
+
+    def learn(self, right: int, wrong: int) -> None:
+        """Take in how many of a layer's guesses were right and wrong; if there was none, the margin may be too high."""
+        up, down = (1 + _STEP) ** wrong, self._down**right if right or wrong else _DOUBT
+        self.least = max(self.least * up / down, self._floor)
+
+
 class Tally:
     """How good the guesses of one source are.
 
@@ -95,18 +127,20 @@ class Tally:
         """Take in a guess: the experts, the bytes of those that are read for it, and when (ns)."""
         self._open[layer] = experts, read, ts
 
-    def judge(self, layer: int, used: Collection[int], ts: int) -> None:
-        """Take in what the layer uses, as of ``ts`` (ns)."""
+    def judge(self, layer: int, used: Collection[int], ts: int) -> tuple[int, int]:
+        """Take in what the layer uses, as of ``ts`` (ns); return how many guesses were right and wrong."""
         found = self._open.pop(layer, None)
         if found is None:
-            return
+            return 0, 0
         experts, read, made = found
+        right = sum(one in used for one in experts)
         self.layers += 1
         self.guessed += len(experts)
-        self.right += sum(one in used for one in experts)
+        self.right += right
         self.read += sum(read.values())
         self.useful += sum(nbytes for one, nbytes in read.items() if one in used)
         self.ahead_ns += ts - made
+        return right, len(experts) - right
 
     def forget(self) -> None:
         """Forget guesses that were not compared: the graph is over."""

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from llmtraced.prefetch.clock import EXPERTS, INPUT, choices
 from llmtraced.prefetch.experts import ABSENT, HERE, Residency
-from llmtraced.prefetch.guesses import CoActivation, LastTokens, Tally
+from llmtraced.prefetch.guesses import SURE, CoActivation, LastTokens, Margin, Tally
 from llmtraced.prefetch.pages import Pages, copied
 from llmtraced.prefetch.router import Router
 
@@ -39,7 +39,7 @@ _One = TypeVar("_One")
 
 _READERS = 2
 _ROWS = 8  # tokens of a batch whose choices are worked out
-_RESERVE_LAYERS = 3  # of experts that are all read: so much room is made ahead
+_RESERVE_LAYERS = 2  # of experts that are all read: so much room is made ahead
 _PIECES = 64  # speculative slices that may wait: more would only be late
 _STALE_NS = 5_000_000  # a tick that is taken up so late is of the past
 _STRAY_BYTES = 2 << 20
@@ -139,6 +139,7 @@ class Mixture:
         self._with = [CoActivation(*shape) for _ in layers[1:]] if "coactivation" in predict else []
         self._before_it: set[int] = set()  # what the layer before has used
         self.tallies = {source: Tally() for source in predict}
+        self._margins = {source: Margin(SURE[source]) for source in predict if source in SURE}
         self._input = (ctypes.c_float * (told["n"] * _ROWS))()
         self._by_mark = {
             mark: layer
@@ -147,7 +148,7 @@ class Mixture:
             if mark is not None
         }
         nbytes = [layer.nbytes for layer in self.layers for _ in range(self.n_experts)]
-        self.residency = Residency(nbytes, 0)
+        self.residency = Residency(nbytes, self.n_experts, 0)
         self.seen = self.surprises = self.checked = 0
         self.read_bytes = self.failed = self.lost = self.stale = 0
         self._chosen: dict[int, set[int]] = {}  # of this token, by layer: what its router's input said
@@ -215,15 +216,15 @@ class Mixture:
         if not inputs:
             return True
         if mark == layer.attention_mark:
-            self._guess("attention", layer, self._choose(layer, inputs, self._before[layer.number]), ts)
+            self._guess("attention", layer, self._choose("attention", layer, inputs, self._before[layer.number]), ts)
             return True
         if "router" in self.tallies:
-            chosen = self._chosen[layer.number] = self._choose(layer, inputs, self._ones)
+            chosen = self._chosen[layer.number] = self._choose("router", layer, inputs, self._ones)
             self._guess("router", layer, chosen, ts)
         for source, later, scale in self._after[layer.number]:
             if len(self._early) > _PIECES:
                 break
-            self._guess(source, later, self._choose(later, inputs, scale), ts, early=True)
+            self._guess(source, later, self._choose(source, later, inputs, scale), ts, early=True)
         self._make_room()
         return True
 
@@ -250,10 +251,16 @@ class Mixture:
             return []
         return [ctypes.addressof(self._input) + size * row for row in range(rows)]
 
-    def _choose(self, layer: _Layer, inputs: list[int], scale: array[float]) -> set[int]:
-        assert self.router is not None
-        at = scale.buffer_info()[0]
-        return {e for x in inputs for e in self.router.choose(layer.weights, x, at, layer.bias, layer.correction)}
+    def _choose(self, source: str, layer: _Layer, inputs: list[int], scale: array[float]) -> set[int]:
+        """Return the experts that the layer's router chooses from inputs, as far as the source is sure."""
+        router, margin = self.router, self._margins.get(source)
+        assert router is not None
+        at, least, found = scale.buffer_info()[0], margin.least if margin else 0.0, set()
+        for x in inputs:
+            found.update(router.choose(layer.weights, x, at, layer.bias, layer.correction, least))
+            if margin:
+                margin.begin(router.gap)
+        return found
 
     def _used(self, layer: _Layer, rows: list[tuple[int, ...]], ts: int, *, fresh: bool) -> None:
         """Take in what the server says that it uses."""
@@ -264,15 +271,17 @@ class Mixture:
         if known is not None and len(rows) == 1:  # of more rows, the input may have been overwritten when it was read
             self.surprises += len(used - known)
             self.checked += len(used)
-        read = self.residency.use(self._numbers(layer, used))
+        read = self.residency.use(layer.number, self._numbers(layer, used))
         if fresh:
             self._fetch(read)
         else:
             for one in read:
                 self.residency.gone(one)
         self.seen += len(used)
-        for tally in self.tallies.values():
-            tally.judge(layer.number, used, ts)
+        for source, tally in self.tallies.items():
+            right, wrong = tally.judge(layer.number, used, ts)
+            if source in self._margins:
+                self._margins[source].learn(right, wrong)
         self._look_back(layer, used, ts)
         self._make_room()
 

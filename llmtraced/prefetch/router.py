@@ -123,6 +123,9 @@ class Router:
         n_used: experts that a token uses in a layer.
         sigmoid: probabilities are the logits' sigmoid, not their softmax.
         groups: how many groups of neighbours the experts are in, and from how many of these they are chosen.
+
+    Attributes:
+        gap: by how much the best exceeded the best that was not chosen, the last time.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class Router:
         self._code: Any = kind(address)
         self.n, self.n_experts, self.n_used, self.sigmoid = n, n_experts, n_used, sigmoid
         self._groups, self._groups_used = groups
+        self.gap = 0.0
         self._logits = (ctypes.c_float * n_experts)()
 
     def choose(
@@ -155,8 +159,9 @@ class Router:
         scale: int,
         bias: Sequence[float] | None = None,
         correction: Sequence[float] | None = None,
+        least: float = 0.0,
     ) -> list[int]:
-        """Return the ``n_used`` experts that are chosen, ascending.
+        """Return the ``n_used`` experts that are chosen, ascending; :attr:`gap` tells how clear the choice is.
 
         Args:
             weights: address of the router's float32 [n_experts, n].
@@ -164,6 +169,7 @@ class Router:
             scale: address of float32 [n], what each element of x is multiplied with.
             bias: added to the logits.
             correction: added to the probabilities before the choice.
+            least: by how much they must exceed the best that is not chosen; others are left out.
         """
         self._code(weights, x, scale, ctypes.addressof(self._logits), self.n_experts, self.n)
         scores: list[float] = self._logits[:]
@@ -174,7 +180,12 @@ class Router:
         if correction is not None:
             scores = [p + more for p, more in zip(scores, correction, strict=True)]
         order = sorted(self._admitted(scores), key=scores.__getitem__, reverse=True)
-        return sorted(order[: self.n_used])
+        chosen = order[: self.n_used]
+        if len(order) == len(chosen):
+            return sorted(chosen)
+        bar = scores[order[len(chosen)]]
+        self.gap = scores[order[0]] - bar
+        return sorted(one for one in chosen if scores[one] - bar >= least)
 
     def _admitted(self, scores: list[float]) -> Sequence[int]:
         """Return the experts of the groups whose two best add up to the most (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""

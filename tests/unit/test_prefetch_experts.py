@@ -12,18 +12,18 @@ from llmtraced.prefetch.experts import ABSENT, COMING, HERE, Residency
 from llmtraced.prefetch.router import LANES, Router, machine_code
 
 
-def kept(capacity: int = 4, count: int = 8, half_life: float = 4.0) -> Residency:
-    return Residency([1] * count, capacity, half_life)
+def kept(capacity: int = 4, count: int = 8, layers: int = 1) -> Residency:
+    return Residency([1] * (count * layers), count, capacity)
 
 
 def test_what_is_chosen_and_not_here_is_read_once() -> None:
     r = kept()
-    assert r.use([2, 5]) == [2, 5]
-    assert r.use([2]) == []
+    assert r.use(0, [2, 5]) == [2, 5]
+    assert r.use(0, [2]) == []
     assert (r.state[2], r.state[5], r.state[0]) == (COMING, COMING, ABSENT)
     r.arrived(2)
     assert r.state[2] == HERE
-    assert r.use([2]) == []
+    assert r.use(0, [2]) == []
     assert (r.missed, r.late, r.used, r.held) == (2, 1, 1, 2)
 
 
@@ -32,38 +32,69 @@ def test_what_is_expected_is_read_and_counts_as_there_once_it_came() -> None:
     assert r.expect([1, 3]) == [1, 3]
     assert r.expect([1]) == []
     r.arrived(1)
-    assert r.use([1, 3]) == []
+    assert r.use(0, [1, 3]) == []
     assert (r.used, r.late, r.missed) == (1, 1, 0)
 
 
-def test_the_coldest_goes_first_and_what_is_in_use_stays() -> None:
-    r = kept(capacity=3, count=6, half_life=1e9)  # as good as a plain count
-    for token, some in enumerate(([0, 1], [0, 2], [0, 1], [3])):
-        r.token = token
-        for one in r.use(some):
+def tokens(r: Residency, *each: list[int]) -> None:
+    """Have layer 0 use some experts, token by token; all of them arrive."""
+    for some in each:
+        r.token += 1
+        for one in r.use(0, some):
             r.arrived(one)
-    assert r.held == 4
-    assert r.surplus() == [2]  # used once, and 3 is in use
-    assert r.held == 3
-    r.token = 4
-    assert r.surplus(1) == [3]
-    assert r.state == [HERE, HERE, ABSENT, ABSENT, ABSENT, ABSENT]
+    r.token += 1
 
 
-def test_a_short_half_life_forgets_counts() -> None:
-    for half_life, goes in ((1e9, 1), (0.1, 0)):
-        r = kept(capacity=1, count=2, half_life=half_life)
-        for token, one in enumerate((0, 0, 0, 0, 1)):
-            r.token = token
-            r.use([one])
-            r.arrived(one)
-        r.token = 5
-        assert r.surplus() == [goes]
+def test_what_was_used_lately_stays() -> None:
+    r = kept(capacity=2)
+    tokens(r, [0], [1], [2])
+    assert r.surplus() == [0]
+    assert r.surplus(1) == [1]
+
+
+def test_what_is_in_use_stays() -> None:
+    r = kept(capacity=2)
+    tokens(r, [0, 1, 2])
+    r.token -= 1  # that token again
+    assert r.surplus() == []
+    r.token += 1
+    assert len(r.surplus()) == 1
+
+
+def test_a_use_counts_half_after_two_tokens_and_a_little_for_long() -> None:
+    r = kept()
+    tokens(r, [0], [], [])
+    assert r.worth(0) == pytest.approx(1 / 2 + 1 / 64 * 0.5 ** (2 / 64))
+    tokens(r, *[[]] * 62)
+    assert r.worth(0) == pytest.approx(1 / 64 / 2, rel=1e-3)
+
+
+def test_what_is_used_often_outlives_what_was_used_once_since() -> None:
+    often, once = [[0]] * 40, [[1]]
+    r = kept(capacity=1)
+    tokens(r, *often, *[[]] * 8, *once, *[[]] * 4)
+    assert r.worth(0) > r.worth(1)
+    assert r.surplus() == [1]
+    r = kept(capacity=1)
+    tokens(r, *often, *[[]] * 8, *once)
+    assert r.surplus() == [0], "at once it is the other way round"
+
+
+def test_layers_that_are_still_to_come_are_no_older_than_those_that_were() -> None:
+    """Both used one expert two tokens ago; layer 0 was evaluated since, so layer 1 is as likely to use its own."""
+    r = kept(capacity=1, count=4, layers=2)
+    for layer, one in ((0, 1), (1, 5)):
+        for each in r.use(layer, [one]):
+            r.arrived(each)
+    r.token = 2
+    r.use(0, [])
+    assert r.worth(5) > r.worth(1)
+    assert r.surplus() == [1]
 
 
 def test_what_is_coming_does_not_go() -> None:
     r = kept(capacity=0)
-    r.use([0])
+    r.use(0, [0])
     r.token = 9
     assert r.surplus() == []
     r.arrived(0)
@@ -75,7 +106,7 @@ def test_what_came_for_nothing_is_told() -> None:
     r = kept(capacity=0)
     for one in r.expect([0, 1]):
         r.arrived(one)
-    r.use([0])
+    r.use(0, [0])
     r.token = 1
     assert sorted(r.surplus()) == [0, 1]
     assert r.wasted == 1
@@ -84,21 +115,30 @@ def test_what_came_for_nothing_is_told() -> None:
 def test_what_is_there_from_before_is_taken_over() -> None:
     r = kept()
     r.adopt([3])
-    assert r.use([3]) == []
+    assert r.use(0, [3]) == []
     assert (r.used, r.present(), r.hottest()) == (1, [3], [3])
     r.gone(3)
-    assert r.use([3]) == [3]
+    assert r.use(0, [3]) == [3]
     assert r.wasted == 0
+
+
+def test_what_nobody_ever_used_goes_first() -> None:
+    r = kept(capacity=1)
+    tokens(r, [2])
+    r.adopt([5])
+    assert r.surplus() == [5]
 
 
 def test_held_never_differs_from_the_states() -> None:
     random = np.random.default_rng(7)
     sizes = random.integers(1, 9, 40).tolist()
-    r = Residency(sizes, 60, 8.0)
-    for token in range(300):
-        r.token = token
+    r = Residency(sizes, 10, 60)
+    for step in range(1200):
+        layer = step % 4
+        r.token = step // 4
+        mine = np.arange(layer * 10, layer * 10 + 10)
         coming = r.expect(random.choice(40, 3, replace=False).tolist())
-        coming += r.use(random.choice(40, 4, replace=False).tolist())
+        coming += r.use(layer, random.choice(mine, 2, replace=False).tolist())
         for one in coming:
             if random.random() < 0.9:
                 r.arrived(one)
@@ -106,7 +146,11 @@ def test_held_never_differs_from_the_states() -> None:
         assert all(r.state[one] == ABSENT for one in gone)
         assert r.held == sum(n for n, state in zip(sizes, r.state, strict=True) if state != ABSENT)
         stuck = sum(n for n, s in zip(sizes, r.state, strict=True) if s == COMING)
-        assert r.held <= 60 - 5 + stuck + 7 * 8
+        assert r.held <= 60 - 5 + stuck + 4 * 5 * 8, "of what this token uses or expects"
+        if step % 50 == 49:
+            for one, state in enumerate(r.state):
+                if state == COMING:
+                    r.arrived(one)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +171,20 @@ def test_the_code_multiplies_as_numpy_does(code: int, width: int, experts: int) 
         chosen = router.choose(w.ctypes.data, x.ctypes.data, scale.ctypes.data)
         np.testing.assert_allclose(np.array(router._logits[:]), expected, rtol=1e-4, atol=1e-3)
         assert chosen == sorted(np.argsort(-expected)[: router.n_used].tolist())
+
+
+def test_only_what_is_clear_is_named(code: int) -> None:
+    router = Router(code, LANES, 6, 3)
+    w = np.zeros((6, LANES), np.float32)
+    w[:, 0] = [1.0, 5.0, 3.5, 2.0, 1.5, 0.0]  # the three best exceed the fourth, 1.5, by 3.5, 2 and 0.5
+    x, scale = np.eye(1, LANES, dtype=np.float32), np.ones(LANES, np.float32)
+    at = (w.ctypes.data, x.ctypes.data, scale.ctypes.data)
+    assert router.choose(*at) == [1, 2, 3]
+    assert router.gap == pytest.approx(3.5)
+    assert router.choose(*at, least=0.49) == [1, 2, 3]
+    assert router.choose(*at, least=0.51) == [1, 2]
+    assert router.choose(*at, least=3.6) == []
+    assert Router(code, LANES, 6, 6).choose(*at, least=9.0) == list(range(6)), "all are chosen: there is no choice"
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import random
+
+import pytest
+
 from llmtraced.analysis.predictors import DECAY
-from llmtraced.prefetch.guesses import CoActivation, LastTokens, Tally
+from llmtraced.prefetch.guesses import SURE, CoActivation, LastTokens, Margin, Tally
 
 
 def test_the_last_tokens() -> None:
@@ -49,9 +54,9 @@ def test_a_tally() -> None:
     assert set(tally.summary(0).values()) == {None, 0}
     tally.made(0, {1, 2}, {1: 100, 2: 100}, 5)
     tally.made(1, {3, 4}, {4: 50}, 10)
-    tally.judge(0, {2, 9}, 15)
+    assert tally.judge(0, {2, 9}, 15) == (1, 1)
     tally.judge(1, {3, 4}, 40)
-    tally.judge(2, {3, 4}, 50)  # no guess was made
+    assert tally.judge(2, {3, 4}, 50) == (0, 0)  # no guess was made
     tally.judge(0, {1, 2}, 60)  # it was compared already
     assert tally.summary(400) == {
         "right": 3 / 4,
@@ -64,3 +69,37 @@ def test_a_tally() -> None:
     tally.forget()
     tally.judge(0, {1}, 80)
     assert tally.guessed == 4
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 1000.0])
+@pytest.mark.parametrize("share", sorted({*SURE.values()}))
+def test_a_margin_is_found_that_enough_guesses_are_right_with(scale: float, share: float) -> None:
+    """A guess with the margin m is right with the probability 1 - exp(-m) / 2, whatever the scale of scores is."""
+    random_ = random.Random(5)
+    margin = Margin(share)
+    margin.begin(2 * scale)
+    right = wrong = 0
+    for number in range(60_000):
+        m = random_.expovariate(1.0)
+        if m * scale < margin.least:
+            continue
+        good = random_.random() < 1 - math.exp(-m) / 2
+        margin.learn(good, not good)
+        if number > 20_000:
+            right, wrong = right + good, wrong + (not good)
+    assert right / (right + wrong) == pytest.approx(share, abs=0.006)
+    assert 0.05 < margin.least / scale < 5
+
+
+def test_a_margin_that_is_not_needed_stays_small_and_recovers() -> None:
+    margin = Margin(0.95)
+    assert margin.least == 0
+    margin.begin(4.0)
+    assert margin.least == 2
+    margin.begin(100.0)
+    assert margin.least == 2, "it begins once"
+    margin.learn(10_000, 0)
+    assert margin.least == pytest.approx(0.04)
+    for _ in range(40):
+        margin.learn(0, 1)
+    assert margin.least > 1
