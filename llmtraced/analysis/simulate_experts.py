@@ -70,7 +70,7 @@ def simulate_experts(trace: Trace, rams: Sequence[int] = (), disk_bandwidth: flo
         raise LlmtracedError(f"{where}: what every token uses takes {dense} bytes; give more RAM than that")
     disk = disk_bandwidth or best_rate(trace)
     compute = _compute(trace, choices.token[choices.warm :])
-    retention = Retention.of(accesses, routing.n)
+    retention = Retention.of(accesses, routing.n, routing.layers)
     rows: list[dict[str, Any]] = []
     states = []
     for ram in rams:

@@ -21,7 +21,7 @@ from llmtraced.reporters.text import (
 
 __all__ = ["draw", "render"]
 
-_SPARE: Final = ("lfu", "lrfu-512", "pinned")  # mostly no better than their neighbours
+_SPARE: Final = ("lfu", "lrfu-64", "lrfu-512", "pinned")  # mostly no better than their neighbours
 _SHOWN: Final = 2  # RAM sizes whose predictors are printed: the least, and the middle one
 
 
@@ -47,8 +47,11 @@ def draw(report: Mapping[str, Any], picture: str) -> bytes:
     above, below = figure.subplots(2, 1)
     curve = report["curve"]
     across, width = plots.unit([row["ram_bytes"] for row in curve])
-    up, unit = plots.unit([row["missed_bytes_per_token"][policy] for row in curve for policy in POLICIES])
-    for policy, colour in zip(POLICIES, (*plots.SERIES, plots.REST, "#000000"), strict=True):
+    up, unit = plots.unit(
+        [row["missed_bytes_per_token"][policy] for row in curve for policy in POLICIES if policy not in _SPARE]
+    )
+    drawn = [policy for policy in POLICIES if policy not in _SPARE]
+    for policy, colour in zip(drawn, (*plots.SERIES[: len(drawn) - 1], "#000000"), strict=True):
         values = [row["missed_bytes_per_token"][policy] / up for row in curve]
         line = "--" if policy == BELADY else "-"
         above.plot([row["ram_bytes"] / across for row in curve], values, line, color=colour, label=policy, marker=".")

@@ -11,7 +11,7 @@ from test_analysis_trace import Builder
 
 from llmtraced.analysis.coactivation import guesses
 from llmtraced.analysis.predictors import Choices, Guess, judge, top
-from llmtraced.analysis.retention import BELADY, POLICIES, Retention
+from llmtraced.analysis.retention import BELADY, POLICIES, SIDECAR, Retention
 from llmtraced.analysis.routing import Accesses, Layer, Routing
 from llmtraced.analysis.simulate_experts import simulate_experts
 from llmtraced.analysis.trace import open_trace
@@ -53,7 +53,7 @@ def choices_of(made: Routing) -> Choices:
 
 def test_policies_by_hand() -> None:
     made = routing([regular(number) for number in range(TOKENS)])
-    retention = Retention.of(Accesses.of(made), made.n)
+    retention = Retention.of(Accesses.of(made), made.n, made.layers)
     sizes = np.full(made.n, 10 * MB)
     # 3 + 3 + 1 slices are used. With places for 7, nothing is missing; with 6, LRU misses the six that go round, and
     # LFU, which has counted most for the one that is always used, misses them as well
@@ -66,11 +66,23 @@ def test_policies_by_hand() -> None:
     assert six[BELADY] <= min(six.values())
 
 
-def test_states_are_what_is_there_as_a_token_begins() -> None:
+@pytest.mark.parametrize("policy", ["lru", SIDECAR])
+def test_states_are_what_is_there_as_a_token_begins(policy: str) -> None:
     made = routing([regular(number) for number in range(6)])
-    missed, there = Retention.of(Accesses.of(made), made.n).states("lru", 3)
+    missed, there = Retention.of(Accesses.of(made), made.n, made.layers).states(policy, 3)
     assert missed.reshape(6, 3).tolist() == [[True, True, True], *[[True, True, False]] * 5]
     assert [np.flatnonzero(row).tolist() for row in there[:3]] == [[], [0, 5, 11], [1, 6, 11]]
+
+
+def test_the_sidecars_decisions_with_layers_of_different_widths() -> None:
+    """Four experts, then two; of two that are worth the same the one with the lower number goes."""
+    layers = (Layer(0, 4, MB, 0), Layer(1, 2, MB, 4))
+    chosen = np.array([[2], [0], [3], [1], [2], [0], [2], [1]], np.int32)
+    token = np.repeat(np.arange(1, 5), 2)
+    made = Routing(layers, 6, token, np.tile([0, 1], 4), np.ones(8, np.bool_), chosen, 0)
+    missed, there = Retention.of(Accesses.of(made), made.n, layers).states(SIDECAR, 3)
+    assert missed.tolist() == [True, True, True, True, True, False, False, False]
+    assert [np.flatnonzero(row).tolist() for row in there] == [[], [2, 4], [3, 4, 5], [2, 4, 5]]
 
 
 def test_the_highest_scores_are_guessed() -> None:
@@ -239,7 +251,7 @@ def test_only_the_last_tokens_are_looked_at(trace: Builder, monkeypatch: pytest.
 def test_more_memory_never_lacks_more_with_lru_or_belady(trace: Builder) -> None:
     rng = random.Random(3)
     made = routing([[[rng.randrange(4)], [rng.randrange(4)]] for _ in range(60)])
-    retention = Retention.of(Accesses.of(made), made.n)
+    retention = Retention.of(Accesses.of(made), made.n, made.layers)
     by_size = [retention.missed_bytes(np.full(8, MB), size) for size in range(1, 9)]
     for policy in ("lru", BELADY):
         lacking = [one[policy] for one in by_size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import time
 
@@ -138,6 +139,20 @@ def test_a_sample_is_the_beginning_and_goes(tmp_path):
     model.write_bytes(b"short")
     with pytest.raises(LlmtracedError, match="too small"), sample_of(model):
         pass
+
+
+def test_what_cannot_be_dropped_does_not_count_as_read(tmp_path):
+    """Somebody has it mapped, so it stays in memory: asking for it again reads nothing."""
+    path = tmp_path / "mapped"
+    path.write_bytes(os.urandom(8 << 20))
+    os.sync()
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as memory:
+        assert sum(memory[:: mmap.PAGESIZE]) > 0
+        with Reading(path) as reading:
+            time.sleep(0.3)
+            _, nbytes = reading.so_far()
+            assert sum(reading._bytes) > 50 << 20, "it was asked for often"
+    assert nbytes < 1 << 20
 
 
 def test_what_fails_while_reading_is_told(tmp_path):
