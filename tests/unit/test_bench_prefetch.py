@@ -20,7 +20,15 @@ from llmtraced.bench.beside import (
     sample_of,
 )
 from llmtraced.bench.figures import machine
-from llmtraced.bench.prefetch_figures import bound_ms, share_of, summed, targets, together_ms
+from llmtraced.bench.prefetch_figures import (
+    bound_ms,
+    mixture_bound_ms,
+    predictor_rows,
+    share_of,
+    summed,
+    targets,
+    together_ms,
+)
 from llmtraced.commands import bench
 from llmtraced.errors import USAGE, LlmtracedError
 from llmtraced.prefetch.told import metrics_text
@@ -314,3 +322,59 @@ def test_arguments():
     args = parser.parse_args(["prefetch", "--memory", "50%,1400M", "--read-ahead-kb", "128,8192"])
     assert (args.memory, args.read_ahead_kb, args.rounds, args.tokens) == ("50%,1400M", (128, 8192), 5, 16)
     assert parser.parse_args(["prefetch"]).read_ahead_kb == ()
+
+
+def test_a_mixtures_bound_by_hand():
+    # 60 MB are missing: 30 ms of a disk of 2 GB/s. Nobody guesses: after 10 ms of computing; all guessed: meanwhile
+    assert mixture_bound_ms(10.0, 60e6, 0.0, 2e9) == 40
+    assert mixture_bound_ms(10.0, 60e6, 1.0, 2e9) == 30
+    assert mixture_bound_ms(10.0, 60e6, 0.5, 2e9) == 30
+    assert mixture_bound_ms(40.0, 60e6, 0.9, 2e9) == pytest.approx(43)
+
+
+def mixed(ms, number, missed, right):
+    tally = {"right": right, "read_bytes": 10, "precision": 0.5, "recall": 1 - missed / 400e6, "mean_ahead_s": 0.002}
+    predictors = {"router": tally, "last": dict.fromkeys(tally)}
+    experts = {"tokens": 10, "missing_bytes": 400e6, "missed_bytes": missed, "predictors": predictors}
+    return measured(ms, number, helper={"experts": experts})
+
+
+def test_what_the_sidecar_guessed_is_in_the_report(report):
+    # 40 MB a token are missing, 20 to 27 ms of the disk; a quarter of them was not guessed
+    rounds = [mixed(100.0, n, missed=100e6, right=right) for n, right in enumerate((0.8, 0.9))]
+    found = condition(**{"moe:last+router": rounds})
+    one = found["strategies"]["moe:last+router"]
+    assert one["missing_bytes_per_token"]["median"] == 40e6
+    assert one["mixture_bound_share"]["values"] == pytest.approx([0.55, 0.5 + 40 / 1.5 / 4 / 100], abs=1e-4)
+    assert found["strategies"]["vmtouch"]["mixture_bound_share"] is None
+    rows = predictor_rows(found)
+    assert [(row["strategy"], row["predictor"]) for row in rows] == [
+        ("moe:last+router", "router"),
+        ("moe:last+router", "last"),
+    ]
+    assert (rows[0]["right"], rows[0]["recall"], rows[0]["mean_ahead_s"]) == (pytest.approx(0.85), 0.75, 0.002)
+    assert rows[1]["recall"] is None
+    text = show_prefetch.render_prefetch({**report, "conditions": [found]}, Style(200))
+    assert "of experts' bound" in text
+    assert "85.0%   75.0%      50.0%  2.00 ms" in text
+    assert "of experts' bound" not in show_prefetch.render_prefetch(report, Style(200))
+
+
+@pytest.mark.parametrize("name", ["moe:", "moe:luck", "auto:router", "moe:router+luck", "moe:router,last"])
+def test_sources_that_there_are_not(name):
+    with pytest.raises(LlmtracedError, match="no such strategy") as caught:
+        prefetch.run(strategies=(name,))
+    assert caught.value.exit_code == USAGE
+
+
+def test_sources_are_handed_to_the_sidecar(tmp_path):
+    argv = beside.Sidecar(1, "moe:attention+router", tmp_path)._argv
+    at = argv.index("--strategy")
+    assert argv[at : at + 4] == ["--strategy", "moe", "--predict", "attention,router"]
+    assert "--predict" not in beside.Sidecar(1, "moe", tmp_path)._argv
+
+
+def test_a_model_without_experts_leaves_them_out():
+    names, skipped = prefetch._available(["moe:none", "moe", "pin"], mixture=False)
+    assert set(skipped) == {"moe:none", "moe"}
+    assert "pin" in names
