@@ -16,7 +16,8 @@ SOURCES = ("last", "coactivation", "router-2", "router-1", "attention", "router"
 """Experts of the last tokens; what the layer before has chosen; the layer's router, given the router's input of the
 layer two or one before, the input of the layer's attention, or its own input."""
 
-DEFAULT = ("router-1", "attention", "router")
+DEFAULT = ("router",)
+"""It is certain, and early enough: no other was faster, alone or added (docs/prefetching.md)."""
 
 SURE = {"router-2": 0.95, "router-1": 0.95, "attention": 0.99}
 """Share of a source's guesses that should be right; what it is less sure of is left to others (:class:`Margin`)."""

@@ -187,7 +187,7 @@ def load(sizes: Sizes | None = None, *, anew: bool = False) -> Programs:
     """
     sizes = sizes or Sizes()
     started = time.monotonic()
-    depends = [source(), *compile_flags(sizes, possible_cpus(), {})]
+    depends = [source(), *compile_flags(sizes, possible_cpus(), {}), json.dumps([{**PROGRAMS}, _TYPED, _MAPS])]
     found = compiler.image("llmtraced.probes.loader", json.dumps(asdict(sizes)), depends, anew=anew)
     programs, maps, refused = load_image(found, _MAPS)
     return Programs(

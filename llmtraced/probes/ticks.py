@@ -119,7 +119,9 @@ def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1, ring_byt
             "this build has no symbol ggml_graph_compute (stripped?), so its graphs cannot be seen", UNSUPPORTED
         )
     argument = f"{width} {ring_bytes}"
-    found = compiler.image("llmtraced.probes.ticks", argument, [_source(), *_flags(width, ring_bytes)])
+    found = compiler.image(
+        "llmtraced.probes.ticks", argument, [_source(), *_flags(width, ring_bytes), *_PROGRAMS, *_MAPS]
+    )
     programs, maps, refused = loader.load_image(found, _MAPS)
     ticks = Ticks(maps, [], [], False)
     try:

@@ -26,7 +26,6 @@ from llmtraced.errors import LlmtracedError
 from llmtraced.ggml_layout import Graph, Node
 from llmtraced.gguf_map import Model, read_model
 from llmtraced.prefetch.clock import EXPERTS, INPUT
-from llmtraced.prefetch.guesses import DEFAULT
 from llmtraced.prefetch.mixture import Mixture
 from llmtraced.prefetch.routing import mixture
 
@@ -155,7 +154,7 @@ class FakePages:
 class Rig:
     """A mixture on fake pages, and a server that chooses what the test says."""
 
-    def __init__(self, path: Path, predict: Sequence[str] = ("router-1", *DEFAULT)) -> None:
+    def __init__(self, path: Path, predict: Sequence[str] = ("router-1", "attention", "router")) -> None:
         self.model, self.marks, told = told_of(path)
         self.pages = FakePages(path)
         self.said: list[str] = []
