@@ -206,7 +206,7 @@ def test_without_root(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr("llmtraced.probes.loader.held", frozenset)
+    monkeypatch.setattr("llmtraced.probes.compiler.held", frozenset)
     assert "root" in said(words, 3, capsys)
     assert list(tmp_path.iterdir()) == []
 
