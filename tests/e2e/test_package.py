@@ -32,7 +32,11 @@ def test_a_wheel_has_the_bpf_sources_and_loads_them(tmp_path: Path) -> None:
         "assert str(l.bpf_folder()).endswith('site/llmtraced/bpf'), l.bpf_folder();"
         "p = l.load(); assert not p.refused, p.refused; print(len(p.programs))"
     )
-    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path / "site"),
+        "LLMTRACED_CACHE": str(tmp_path),
+    }  # nothing is kept there
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=False
     )
