@@ -157,6 +157,7 @@ install-files:
 
 uninstall: ## what make install put there; /etc/llmtraced.toml, traces and the user llmtraced stay
 	@$(HERE) systemctl disable --now llmtraced 'llmtraced-prefetch@*' || true
+	@$(HERE) systemctl clean --what=cache llmtraced || true
 	rm -rf "$(PROGRAM)"
 	rm -f "$(INTO)/bin/llmtraced" "$(INTO)/lib/systemd/system/llmtraced.service" \
 	  "$(INTO)/lib/systemd/system/llmtraced-prefetch@.service" "$(INTO)/lib/sysusers.d/llmtraced.conf" \
