@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -184,7 +183,6 @@ def compiled(
     Raises:
         LlmtracedError: no BCC, no headers, or they do not compile.
     """
-    started = time.monotonic()
     bcc = import_bcc()
     found = headers.find()
     try:
@@ -197,7 +195,6 @@ def compiled(
             "absent": dict(absent or {}),
             "headers": str(found),
             "bcc_version": str(getattr(bcc, "__version__", "?")),
-            "compile_seconds": round(time.monotonic() - started, 3),
             "compile_rss_bytes": int(peak[1]) * 1024 if peak else 0,
         }
         return taken(code, names, about)

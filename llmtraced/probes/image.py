@@ -32,7 +32,7 @@ class Image:
     Attributes:
         maps: in the order of their numbers.
         programs: name → kind (kernel.KINDS), number of the kernel's type that it is for or 0, instructions.
-        about: what else is to be known: ``headers``, ``bcc_version``, ``compile_seconds``, ``compile_rss_bytes``.
+        about: what else is to be known: ``headers``, ``bcc_version``, ``compile_rss_bytes``, ``absent``.
     """
 
     maps: tuple[MapInfo, ...]

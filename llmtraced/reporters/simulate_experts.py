@@ -47,11 +47,9 @@ def draw(report: Mapping[str, Any], picture: str) -> bytes:
     above, below = figure.subplots(2, 1)
     curve = report["curve"]
     across, width = plots.unit([row["ram_bytes"] for row in curve])
-    up, unit = plots.unit(
-        [row["missed_bytes_per_token"][policy] for row in curve for policy in POLICIES if policy not in _SPARE]
-    )
-    drawn = [policy for policy in POLICIES if policy not in _SPARE]
-    for policy, colour in zip(drawn, (*plots.SERIES[: len(drawn) - 1], "#000000"), strict=True):
+    shown = [policy for policy in POLICIES if policy not in _SPARE]
+    up, unit = plots.unit([row["missed_bytes_per_token"][policy] for row in curve for policy in shown])
+    for policy, colour in zip(shown, (*plots.SERIES[: len(shown) - 1], "#000000"), strict=True):
         values = [row["missed_bytes_per_token"][policy] / up for row in curve]
         line = "--" if policy == BELADY else "-"
         above.plot([row["ram_bytes"] / across for row in curve], values, line, color=colour, label=policy, marker=".")
