@@ -27,7 +27,7 @@ __all__ = ["Story", "tell"]
 log = logging.getLogger(__name__)
 
 SHARE: Final = 0.7
-"""Memory of the server's cgroup, as a share of the model: not enough."""
+"""Memory of the server's cgroup beside the server's own, as a share of the model: not enough."""
 _PROMPTS: Final = (  # for a model that continues text; it is not tuned to answer
     "The sky is blue because",
     "Once upon a time there was a machine with too little memory. Every day",
@@ -48,7 +48,8 @@ class Story:
         trace, session: the trace's folder, and our server's session in it, among what else ran.
         metrics: a scrape, as a file.
         texts: prompts and what the model made of them.
-        model, model_bytes, limit_bytes: its file, its size, the memory that the server had.
+        model, model_bytes: its file and its size.
+        limit_bytes, own_bytes: the memory that the server had, and how much of that it needed beside the model.
         read_ahead_kb: of the model's disk, None where it cannot be read.
         tokens_per_second: decoded.
         sidecar_tokens_per_second: the same, with ``llmtraced prefetch`` beside the server.
@@ -61,6 +62,7 @@ class Story:
     model: Path
     model_bytes: int
     limit_bytes: int
+    own_bytes: int
     read_ahead_kb: int | None
     tokens_per_second: float
     sidecar_tokens_per_second: float
@@ -126,7 +128,6 @@ def tell(folder: Path | None = None, *, n_predict: int = 32) -> Story:
     log.info("getting the model")
     model = ensure_gemma()
     size = model.stat().st_size
-    limit = int(size * SHARE)
     trace, metrics = base / "trace", base / "metrics.txt"
     port = free_port()
     read_ahead = read_ahead_kb(model)
@@ -138,11 +139,18 @@ def tell(folder: Path | None = None, *, n_predict: int = 32) -> Story:
         daemon = stack.enter_context(ExitStack())
         daemon.enter_context(_daemon(trace, port, base / "daemon.log"))
         drop_cache(model)
-        cgroup = stack.enter_context(MemoryCgroup(f"llmtraced-demo-{os.getpid()}", limit))
-        log.info("starting llama-server with %d MB for a model of %d MB", limit // 10**6, size // 10**6)
+        cgroup = stack.enter_context(MemoryCgroup(f"llmtraced-demo-{os.getpid()}", None))
+        log.info("starting llama-server")
         options = ("--no-repack",)  # weights stay where the file is mapped
         server = stack.enter_context(
             Server(model, binary=binary, ctx=512, extra=options, cgroup=cgroup, log=base / "server.log")
+        )
+        server.completion(_PROMPTS[0], 4)  # it has all the memory of its own that it needs
+        own = cgroup.own_bytes()
+        limit = own + int(size * SHARE)
+        cgroup.set_limit(limit)
+        log.info(
+            "limiting it to %d MB for a model of %d MB and %d MB of its own", *(n // 10**6 for n in (limit, size, own))
         )
         for prompt in _PROMPTS:
             answer: dict[str, Any] = server.completion(prompt, n_predict)
@@ -175,6 +183,7 @@ def tell(folder: Path | None = None, *, n_predict: int = 32) -> Story:
         model,
         size,
         limit,
+        own,
         read_ahead,
         _mean(rates),
         _mean(faster),

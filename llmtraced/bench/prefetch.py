@@ -119,11 +119,6 @@ def _drop(model: Model) -> int:
     return sum(drop_cache(shard.path) for shard in model.shards)
 
 
-def _own_bytes(group: MemoryCgroup) -> int:
-    """Return the bytes charged to a cgroup that are not of files: anonymous and kernel memory."""
-    return max(group.usage() - group.stat().get("file_bytes", 0), 0)
-
-
 def _peak(group: MemoryCgroup) -> int | None:
     """Return the most that was ever charged to a cgroup; None: the kernel does not tell (version 2 before 5.19)."""
     with contextlib.suppress(OSError):
@@ -265,7 +260,7 @@ def _measure(condition: _Condition, strategy: str, asked: _Asked, folder: Path) 
                         found |= _ask(server, beside.pid, group, asked)
                 finally:
                     found["helper"] = beside.summary()
-            found["own_bytes"] = _own_bytes(group)
+            found["own_bytes"] = group.own_bytes()
         except (LlmtracedError, OSError) as error:  # OSError: the server was gone when its counters were read
             if strategy == FITS:
                 raise

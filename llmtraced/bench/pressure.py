@@ -141,6 +141,10 @@ class MemoryCgroup:
         name = "memory.usage_in_bytes" if self.version == 1 else "memory.current"
         return int((self.path / name).read_text())
 
+    def own_bytes(self) -> int:
+        """Return the bytes charged now that are not of files: anonymous and kernel memory."""
+        return max(self.usage() - self.stat().get("file_bytes", 0), 0)
+
     def stat(self) -> dict[str, int]:
         """Return counters under the same names for v1 and v2.
 

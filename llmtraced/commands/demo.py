@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     print(show_tokens.render(tokens(trace), 12, style))
     ahead = f", readahead {story.read_ahead_kb} KB" if story.read_ahead_kb is not None else ""
     print(
-        f"{story.tokens_per_second:.2f} tokens/s with {story.limit_bytes / 1e6:.0f} MB "
-        f"for a model of {story.model_bytes / 1e6:.0f} MB{ahead}\n"
+        f"{story.tokens_per_second:.2f} tokens/s with {story.limit_bytes / 1e6:.0f} MB for a model of "
+        f"{story.model_bytes / 1e6:.0f} MB and {story.own_bytes / 1e6:.0f} MB of the server's own{ahead}\n"
         f"{story.sidecar_tokens_per_second:.2f} tokens/s with `llmtraced prefetch` beside it\n"
         f"trace    {story.trace}   (Parquet; try: llmtraced report summary {story.trace})\n"
         f"metrics  {story.metrics}   (as Prometheus scraped them)"

