@@ -88,7 +88,7 @@ kills: venv ## kill -9 of daemon and server at random moments, so many each (KIL
 	LLMTRACED_KILLS=$(KILLS) $(AS_ROOT) $(BIN)/python -m pytest tests/e2e/test_kills.py -q -s
 
 # Another kernel, its headers and virtme-ng go into the cache and .venv; QEMU is the machine's. KERNEL=linux-image-...
-# takes another one that apt knows. (liburing is compiled for this processor, like the usual llama-server.) tests/guest/boot.py says what a guest is, docs/compatibility.md what came out.
+# takes another one that apt knows. (The usual llama-server is compiled for this processor.) tests/guest/boot.py says what a guest is, docs/compatibility.md what came out.
 KERNEL ?= linux-image-amd64
 BOOT = $(AS_ROOT) $(BIN)/python tests/guest/boot.py --kernel '$(KERNEL)' --server
 GUEST = $(BOOT) --

@@ -210,12 +210,12 @@ class Sidecar:
 
     def bare(self) -> bool:
         """Tell whether it has become the bare sidecar."""
-        assert self.child.poll() is None, self.said()
+        assert self.child.poll() is None, (self.child.returncode, self.said())
         return b"llmtraced.prefetch.sidecar" in Path(f"/proc/{self.child.pid}/cmdline").read_bytes()
 
     def settled(self) -> bool:
         """Tell whether it is engaged and pins no more."""
-        assert self.child.poll() is None, self.said()
+        assert self.child.poll() is None, (self.child.returncode, self.said())
         before = self.metrics()
         if not before.get("engaged"):
             return False

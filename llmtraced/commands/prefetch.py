@@ -9,7 +9,7 @@ own compute graph, and works if they read from disk. Ctrl-C ends it, and the ker
            of a mixture fetch the experts as they are chosen, keep those that were used most of late
   pin      only pin what fits
   pattern  only read ahead, by readahead(2)
-  uring    only read ahead, by io_uring (needs the package liburing)
+  uring    only read ahead, by io_uring
   moe      as auto, of a mixture only
   off      do nothing, and say what would be managed
 """

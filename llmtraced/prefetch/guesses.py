@@ -150,6 +150,7 @@ class Tally:
     def summary(self, missing: int) -> dict[str, Any]:
         """Return the figures; ``missing``: bytes that were chosen and not in memory, whoever guessed them or nobody."""
         return {
+            "layers": self.layers,
             "right": self.right / self.guessed if self.guessed else None,
             "read_bytes": self.read,
             "precision": self.useful / self.read if self.read else None,

@@ -14,7 +14,6 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +27,7 @@ from llmtraced.prefetch import plan as plans
 from llmtraced.prefetch import unit
 from llmtraced.prefetch.clock import BEGIN, TickRing
 from llmtraced.prefetch.guesses import DEFAULT
+from llmtraced.prefetch.iouring import MadviseRing
 from llmtraced.prefetch.plan import Plan
 from llmtraced.prefetch.policy import CHUNK, slack_for
 from llmtraced.prefetch.routing import mixture
@@ -106,8 +106,12 @@ def run(pid: int, options: Options) -> None:
     """
     if os.geteuid() != 0:
         raise LlmtracedError("prefetching locks and gives back a server's pages: run as root", NO_PERMISSION)
-    if "uring" in (options.path, STRATEGIES[options.strategy]["path"]) and find_spec("liburing") is None:
-        raise LlmtracedError("reading by io_uring needs the package liburing: pip install liburing", UNSUPPORTED)
+    if "uring" in (options.path, STRATEGIES[options.strategy]["path"]):
+        try:
+            MadviseRing(1).close()
+        except OSError as error:
+            why = f"no io_uring here ({error.strerror}): see kernel.io_uring_disabled, or read otherwise with --path"
+            raise LlmtracedError(why, UNSUPPORTED) from error
     target = find_target(pid)
     only = _only_one(target)
     label, model = _main_model(target)
@@ -425,12 +429,11 @@ def become(config: Mapping[str, Any], target: Target, options: Options) -> None:
     os.write(fd, json.dumps(config).encode())
     os.lseek(fd, 0, os.SEEK_SET)
     inherited = [config["pidfd"], *(f["fd"] for f in config["files"]), *config["keep"]]
-    uring = config["strategy"]["path"] == "uring"
     if options.hand_over:
-        unit.hand_over(fd, inherited, uring=uring)
+        unit.hand_over(fd, inherited)
         return
     for one in (fd, *inherited):
         os.set_inheritable(one, True)
     if options.join:
         unit.join(target.pid, os.getpid())
-    unit.execute(fd, uring=uring)
+    unit.execute(fd)

@@ -1,12 +1,14 @@
-"""Read chunks in the background: threads that block in the kernel, or io_uring (which needs the package liburing)."""
+"""Read chunks in the background: threads that block in the kernel, or workers of io_uring."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable
 
+from llmtraced.prefetch.iouring import MadviseRing
 from llmtraced.prefetch.pages import Pages
 from llmtraced.prefetch.policy import CHUNK
 
@@ -87,18 +89,14 @@ class Uring:
         depth: chunks that are read at the same time.
 
     Raises:
-        ImportError: the ``liburing`` package is not there.
         OSError: the kernel has no io_uring, or it is switched off (kernel.io_uring_disabled).
     """
 
     path = "uring"
 
     def __init__(self, files: list[Pages], depth: int) -> None:
-        import liburing  # only this way of reading needs it
-
-        self._api, self._files, self._depth = liburing, files, depth
-        self._ring, self._entry = liburing.Ring(), liburing.Cqe()
-        liburing.io_uring_queue_init(depth, self._ring)
+        self._files, self._depth = files, depth
+        self._ring = MadviseRing(depth)
         self._waiting: deque[tuple[int, int, int]] = deque()
         self._flying: dict[int, tuple[int, int]] = {}
 
@@ -114,36 +112,21 @@ class Uring:
         return gone
 
     def _fill(self) -> None:
-        count = 0
+        requests = []
         while self._waiting and len(self._flying) < self._depth:
             name, file, number = self._waiting.popleft()
-            address, length, advice = self._files[file].touching(number)
-            request = self._api.io_uring_get_sqe(self._ring)
-            self._api.io_uring_prep_madvise(request, address, length, advice)
-            request.user_data = name + 1
+            requests.append((name, *self._files[file].touching(number)))
             self._flying[name] = file, number
-            count += 1
-        if count:
-            self._api.io_uring_submit(self._ring)
+        if requests:
+            self._ring.submit(requests)
 
     def collect(self) -> list[tuple[int, str]]:
         """Return (name, error or "") of the requests that have ended since the last call, and begin others."""
         found = []
-        while self._flying:
-            try:
-                self._api.io_uring_peek_cqe(self._ring, self._entry)
-            except BlockingIOError:
-                break
-            entry = self._entry[0]
-            name, error = entry.user_data - 1, ""
-            try:
-                _ = entry.res  # the binding raises what failed
-            except OSError as failure:
-                error = failure.strerror or "error"
-            self._api.io_uring_cqe_seen(self._ring, entry)
+        for name, error in self._ring.answers():
             file, number = self._flying.pop(name)
             self._files[file].untouch(number)
-            found.append((name, error))
+            found.append((name, os.strerror(error) if error else ""))
         self._fill()
         return found
 
@@ -153,4 +136,4 @@ class Uring:
         while self._flying:
             self.collect()
             time.sleep(0.0005)
-        self._api.io_uring_queue_exit(self._ring)
+        self._ring.close()

@@ -16,7 +16,6 @@ import os
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,13 +95,12 @@ def _processes(group: str, proc: Path = Path("/proc")) -> list[int]:
     return found
 
 
-def hand_over(config_fd: int, descriptors: Sequence[int], *, uring: bool) -> None:
+def hand_over(config_fd: int, descriptors: Sequence[int]) -> None:
     """Have systemd keep the descriptors for :func:`take_over`.
 
     Args:
         config_fd: the sidecar's configuration; it names the others by their numbers.
         descriptors: the others.
-        uring: the sidecar will need liburing.
 
     Raises:
         LlmtracedError: this process is no part of a service.
@@ -112,7 +110,7 @@ def hand_over(config_fd: int, descriptors: Sequence[int], *, uring: bool) -> Non
         raise LlmtracedError(f"a model in {len(fds)} descriptors, more than the {_MOST_FDS} that can be handed over")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with ours, theirs:
-        socket.send_fds(ours, [json.dumps({"fds": fds, "uring": uring}).encode()], fds)
+        socket.send_fds(ours, [json.dumps({"fds": fds}).encode()], fds)
         if not store(_NAME, theirs.fileno()):
             raise LlmtracedError("there is no systemd to keep descriptors: this is a step of a unit's", USAGE)
 
@@ -134,17 +132,15 @@ def take_over() -> NoReturn:
         os.close(fd)
     for fd, number in zip(moved, told["fds"], strict=True):
         os.dup2(fd, number)
-    execute(told["fds"][0], uring=told["uring"])
+    execute(told["fds"][0])
 
 
-def execute(config_fd: int, *, uring: bool) -> NoReturn:
+def execute(config_fd: int) -> NoReturn:
     """Turn into the bare sidecar, with everything that is inheritable."""
-    paths = [str(Path(__file__).resolve().parents[2])]
-    if uring:
-        paths.append(sysconfig.get_path("purelib"))
+    folder = str(Path(__file__).resolve().parents[2])
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", _CODE, str(config_fd), *paths])  # noqa: S606
+    os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", _CODE, str(config_fd), folder])  # noqa: S606
 
 
 def join(server: int, process: int) -> None:

@@ -7,7 +7,6 @@ behind when the sidecar goes, however it goes.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -202,8 +201,6 @@ def test_the_page_table_is_a_clock_as_well(
 def test_each_strategy_works(
     strategy: str, pressed: tuple[Server, MemoryCgroup], expected: str, unaided: float, tmp_path: Path
 ) -> None:
-    if strategy == "uring":
-        need(importlib.util.find_spec("liburing"), "needs the package liburing (extra uring)", "e2e")
     server, group = pressed
     with Sidecar(server.pid, tmp_path, "--strategy", strategy, "--trial", "0") as sidecar:
         with asking(server, expected):
@@ -474,8 +471,10 @@ def test_a_mixtures_choices_are_known_before_they_are_made(
         guesses = told["predictors"]
         assert set(guesses) == set(SOURCES if arch == "llama" else DEFAULT)
         for source, figures in guesses.items():
+            # What begins with the layer itself is often too late to be a guess.
+            assert figures["layers"] >= (0 if source == "attention" else TOKENS), (source, guesses)
             least = 0.1 if source in ("last", "coactivation") else 0.5  # 4 of 64 by chance: 0.06
-            assert figures["right"] > least, (source, guesses)
+            assert figures["layers"] < TOKENS or figures["right"] > least, (source, guesses)
         if arch == "llama":
             ahead = [
                 guesses[source]["mean_ahead_s"] for source in ("router", "attention", "router-1", "router-2", "last")

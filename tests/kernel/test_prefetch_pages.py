@@ -330,8 +330,6 @@ print(status["VmLck"].strip())
 
 @pytest.mark.parametrize("kind", ["threads", "uring"])
 def test_a_reader_brings_all_in_and_leaves_nothing_mapped(kind: str, file: Path, pages: Pages) -> None:
-    if kind == "uring":
-        pytest.importorskip("liburing", reason="needs the package liburing (extra uring)")
     reader = Threads([pages], "huge", 3) if kind == "threads" else Uring([pages], 3)
     reader.submit((10 + n, 0, n) for n in (4, 0, 5, 1, CHUNKS))
     found: list[tuple[int, str]] = []

@@ -59,6 +59,7 @@ def test_a_tally() -> None:
     assert tally.judge(2, {3, 4}, 50) == (0, 0)  # no guess was made
     tally.judge(0, {1, 2}, 60)  # it was compared already
     assert tally.summary(400) == {
+        "layers": 2,
         "right": 3 / 4,
         "read_bytes": 250,
         "precision": 150 / 250,

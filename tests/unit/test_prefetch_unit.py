@@ -54,8 +54,8 @@ import os, sys
 from llmtraced.prefetch import unit
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="sidecar")
 os.dup2(int(sys.argv[1]), 3)
-def execute(config, uring):
-    print([(n, os.pread(n, 99, 0).decode(), os.get_inheritable(n)) for n in [config, *map(int, sys.argv[2:])]], uring)
+def execute(config):
+    print([(n, os.pread(n, 99, 0).decode(), os.get_inheritable(n)) for n in [config, *map(int, sys.argv[2:])]])
 unit.execute = execute
 unit.take_over()
 """
@@ -70,7 +70,7 @@ def test_descriptors_arrive_under_their_numbers(tmp_path: Path, monkeypatch: pyt
         opened = [os.open(tmp_path / name, os.O_RDONLY) for name in ("config", "one", "two")]
         # The lowest numbers are those that systemd passes descriptors under: they must not be in each other's way.
         config, one, two = opened
-        unit.hand_over(config, [one, two, one], uring=True)
+        unit.hand_over(config, [one, two, one])
         for fd in opened:
             os.close(fd)
         assert systemd.recv(99).startswith(b"FDSTOREREMOVE=1")
@@ -83,18 +83,18 @@ def test_descriptors_arrive_under_their_numbers(tmp_path: Path, monkeypatch: pyt
     os.close(kept)
     assert done.returncode == 0, done.stderr
     expected = [(config, "config", True), (one, "one", True), (two, "two", True)]
-    assert done.stdout == f"{expected} True\n"
+    assert done.stdout == f"{expected}\n"
 
 
 def test_steps_outside_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     monkeypatch.delenv("LISTEN_PID", raising=False)
-    for step in (lambda: unit.hand_over(0, [], uring=False), unit.take_over):
+    for step in (lambda: unit.hand_over(0, []), unit.take_over):
         with pytest.raises(LlmtracedError, match="a step of a unit's") as caught:
             step()
         assert caught.value.exit_code == USAGE
     with pytest.raises(LlmtracedError, match="more than the 253"):
-        unit.hand_over(0, list(range(1, 300)), uring=False)
+        unit.hand_over(0, list(range(1, 300)))
 
 
 def test_joining_the_group_of_a_server_that_has_gone(caplog: pytest.LogCaptureFixture) -> None:
