@@ -30,7 +30,7 @@ _CQE: Final = struct.Struct("QiI")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _call(number: int, *arguments: ctypes.c_uint | ctypes.c_void_p | ctypes.Array[ctypes.c_char] | None) -> int:
+def _call(number: int, *arguments: ctypes.c_uint | ctypes.c_void_p | ctypes.Array[ctypes.c_char]) -> int:
     result: int = _libc.syscall(ctypes.c_long(number), *arguments)
     if result < 0:
         code = ctypes.get_errno()

@@ -525,7 +525,7 @@ def test_mutated_files_parse_or_are_refused(tmp_path: Path, changes: list[tuple[
     except LlmtracedError:
         return
     finally:
-        assert time.process_time() - started < 5
+        assert time.process_time() - started < 5  # a millisecond or so, and now and then a collection of garbage
     end = 0
     for tensor in model.tensors:
         assert end <= tensor.offset
