@@ -7,6 +7,12 @@
 
 #define INLINE static __always_inline
 #define NONE (~0ULL)
+// For `llmtraced bench overhead`: programs that are entered and left again, to tell what that alone costs.
+#if LT_BARE
+#define UNLESS_BARE return 0
+#else
+#define UNLESS_BARE
+#endif
 #define LOOP _Pragma("clang loop unroll(disable)") // unrolled, the verifier has more to read than it accepts
 
 // One ring record; schema.EVENT describes it. 56 bytes, 64 with the ring's header, so that a ring of a power of two

@@ -62,6 +62,7 @@ INLINE struct in_flight *current_fault(u32 thread, u32 process) {
 }
 
 INLINE int fault_begins(u64 address) {
+    UNLESS_BARE;
     u64 task = this_task();
     u32 thread = task, process = task >> 32, number = 0;
     struct in_flight *fault = current_fault(thread, process);
@@ -131,6 +132,7 @@ INLINE void total_fault(struct in_flight *entry, u32 file_no, u64 offset, u8 out
 }
 
 INLINE int fault_ends(struct bpf_perf_event_data *ctx, u8 outcome) {
+    UNLESS_BARE;
     u64 task = this_task(), address = ctx->addr;
     u32 thread = task, process = task >> 32;
     struct in_flight *fault = current_fault(thread, process);

@@ -215,6 +215,7 @@ INLINE struct slot *slot_of(struct op *op, u32 *number) {
 // kind of them. An operator ends where the thread comes to another function that is probed, recorded or not, so its
 // time has waiting for the other threads in it.
 int on_operator(struct pt_regs *ctx) {
+    UNLESS_BARE;
     u64 task = this_task(), now = 0;
     u32 number = 0;
     struct op *op = current_op(task);
@@ -234,6 +235,7 @@ int on_operator(struct pt_regs *ctx) {
 // ggml_compute_forward_rms_norm_mul_fused(params, norm, mul): two operators in one call, before which ggml asks nobody.
 // Both are recorded; what they take is the second's.
 int on_fused(struct pt_regs *ctx) {
+    UNLESS_BARE;
     u64 task = this_task();
     u32 number = 0;
     struct op *op = current_op(task);
@@ -277,6 +279,7 @@ INLINE u64 less(s64 a, s64 b) {
 // after the choice and before the expert matrices are touched. dst "ffn_moe_weights-N", src[1] "ffn_moe_topk-N": i32
 // ids, ne[0] experts for each of ne[1] positions, rows nb[1] bytes apart.
 int on_get_rows(struct pt_regs *ctx) {
+    UNLESS_BARE;
     u64 task = this_task();
     u32 number = 0;
     struct op *op = current_op(task);

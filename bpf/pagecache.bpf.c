@@ -223,6 +223,7 @@ INLINE void end_run(struct run *run, u8 kind) {
 #define FOLIO(type, offset) (*(volatile type *)(folio + offset))
 
 INLINE int page_cache_changes(u64 folio, u8 kind) {
+    UNLESS_BARE;
     u32 which = kind == KIND_ADD ? 0 : 1;
     struct run *run = runs.lookup(&which);
     if (!run)

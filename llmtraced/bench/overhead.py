@@ -1,8 +1,9 @@
 """What tracing costs a real server: tokens a second with it and without it, in pairs, one right after the other.
 
-One llama-server runs through all of a condition and is asked the same thing each time; only tracing changes. Which
-half of a pair comes first alternates. A control, where nothing is attached in either half, says what the machine's
-own unrest looks like. docs/benchmarks.md explains the method and the figures.
+One llama-server runs through all of a condition and is asked the same thing each time; only tracing changes. Which half
+of a pair comes first alternates. A control, where nothing is attached in either half, says what the machine's own
+unrest looks like; a bare level, whose programs return at once, what no program at these points could save.
+docs/benchmarks.md explains the method and the figures.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.schema import Detail
 from llmtraced.values import size
 
-__all__ = ["CONTROL", "busy_seconds", "limit_bytes", "run"]
+__all__ = ["BARE", "CONTROL", "busy_seconds", "limit_bytes", "run"]
 
 log = logging.getLogger(__name__)
 
 CONTROL: Final = "control"
+BARE: Final = "bare-"
+"""Before a level: its points are attached to, and the programs there return at once."""
 TARGETS: Final = {"faults": 0.99, "ops": 0.98, "full": 0.97}
 PROMPT: Final = "The sea is calm tonight, and the"
 _WARM_TOKENS: Final = 4
@@ -68,10 +71,11 @@ def limit_bytes(pressure: str, model_bytes: int, own_bytes: int) -> int | None:
 
 
 class _Condition:
-    """A server that is ready to be measured, and a recorder beside it."""
+    """A server that is ready to be measured, and recorders beside it: one, and one whose programs are bare."""
 
-    def __init__(self, server: Server, switch: Switch, tokens: int, foreign: float) -> None:
-        self.server, self.switch, self.tokens = server, switch, tokens
+    def __init__(self, server: Server, switches: Sequence[Switch], tokens: int, foreign: float) -> None:
+        self.server, self.switches, self.tokens = server, switches, tokens
+        self.switch = switches[0]  # the one that is used
         self.foreign = foreign  # cores that others may use
 
     def once(self, detail: Detail | None) -> dict[str, Any]:
@@ -115,8 +119,10 @@ class _Condition:
             log.info("disturbed: other processes used %.2f cores meanwhile", foreign)
         return without, traced, _TRIES
 
-    def pairs(self, detail: Detail | None, count: int) -> dict[str, Any]:
-        """Return what ``count`` pairs say about ``detail`` (None: the control)."""
+    def pairs(self, name: str, count: int) -> dict[str, Any]:
+        """Return what ``count`` pairs say about a level."""
+        detail = _level(name)
+        self.switch = self.switches[name.startswith(BARE)]
         without: list[dict[str, Any]] = []
         traced: list[dict[str, Any]] = []
         disturbed = 0
@@ -126,7 +132,6 @@ class _Condition:
                 results.append(half)
             disturbed += repeated
             a, b = without[-1]["rate"], traced[-1]["rate"]
-            name = detail.name.lower() if detail is not None else CONTROL
             log.info("%s, pair %d of %d: %.2f → %.2f tokens/s, %.4f", name, number + 1, count, a, b, b / a)
         ratios = spread([b["rate"] / a["rate"] for a, b in zip(without, traced, strict=True)])
         report = {
@@ -177,6 +182,7 @@ class _Condition:
 
     def idle(self, seconds: float) -> dict[str, Any]:
         """Return what the recorder uses beside an idle server: before it has seen a graph evaluated, and after."""
+        self.switch = self.switches[0]
         self.switch.on(Detail.FAULTS)
         fresh = self._idle_cpu(seconds)
         self.server.completion(PROMPT, _WARM_TOKENS)
@@ -204,9 +210,22 @@ def busy_seconds(stat: Path = Path("/proc/stat")) -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
+def _level(name: str) -> Detail | None:
+    """Return the detail that a level is recorded with; None for the control."""
+    if name == CONTROL:
+        return None
+    try:
+        return Detail[name.removeprefix(BARE).upper()]
+    except KeyError as error:
+        there = "control, faults, ops, full, bare-faults, bare-ops, bare-full"
+        raise LlmtracedError(f"no such detail: {printable(name)}; there are {there}", USAGE) from error
+
+
 @contextlib.contextmanager
-def _ready(model: Path, pressure: str, threads: int, folder: Path, tokens: int) -> Iterator[tuple[_Condition, Any]]:
-    """Start a server and a recorder; the server is warm, and then its memory is limited."""
+def _ready(
+    model: Path, pressure: str, threads: int, folder: Path, tokens: int, bare: bool
+) -> Iterator[tuple[_Condition, Any]]:
+    """Start a server and a recorder, or two; the server is warm, and then its memory is limited."""
     with contextlib.ExitStack() as stack:
         group = (
             stack.enter_context(MemoryCgroup(f"llmtraced-overhead-{os.getpid()}", None)) if pressure != "none" else None
@@ -219,10 +238,10 @@ def _ready(model: Path, pressure: str, threads: int, folder: Path, tokens: int) 
         if group:
             limit = limit_bytes(pressure, model.stat().st_size, group.stat().get("anon_bytes", 0))
             group.set_limit(limit)
-        switch = stack.enter_context(Switch(server.pid, folder))
+        switches = [stack.enter_context(Switch(server.pid, folder, bare=b)) for b in (False, True)[: 1 + bare]]
         for _ in range(2):
             server.completion(PROMPT, max(tokens // 4, 4))
-        yield _Condition(server, switch, tokens, _FOREIGN_PRESSED if group else _FOREIGN), limit
+        yield _Condition(server, switches, tokens, _FOREIGN_PRESSED if group else _FOREIGN), limit
 
 
 def run(
@@ -239,7 +258,7 @@ def run(
     """Measure and return the report (docs/benchmarks.md has its fields).
 
     Args:
-        details: levels of detail, and ``control``.
+        details: levels of detail, the same with :data:`BARE` before them, and :data:`CONTROL`.
         pressures: as :func:`limit_bytes` takes them; each is a condition with a server of its own.
         pairs: for each level and condition.
         tokens: generated in a request where the model fits.
@@ -251,23 +270,21 @@ def run(
     Raises:
         LlmtracedError: no root, no BCC, or no server.
     """
-    levels: list[tuple[str, Detail | None]] = []
     for name in details:
-        if name != CONTROL and name.upper() not in Detail.__members__:
-            raise LlmtracedError(f"no such detail: {printable(name)}; there are control, faults, ops, full", USAGE)
-        levels.append((name, None if name == CONTROL else Detail[name.upper()]))
+        _level(name)
     for pressure in pressures:
         limit_bytes(pressure, 1, 1)
     path = model or ensure_gemma()
+    bare = any(name.startswith(BARE) for name in details)
     conditions = []
     for pressure in pressures:
         count = tokens if pressure == "none" else pressed_tokens
         log.info("pressure %s: starting the server and the recorder", pressure)
         with (
             tempfile.TemporaryDirectory(prefix="llmtraced-bench-") as folder,
-            _ready(path, pressure, threads, Path(folder), count) as (condition, limit),
+            _ready(path, pressure, threads, Path(folder), count, bare) as (condition, limit),
         ):
-            found = {name: condition.pairs(level, pairs) for name, level in levels}
+            found = {name: condition.pairs(name, pairs) for name in details}
             idle = condition.idle(idle_seconds)
         conditions.append({"pressure": pressure, "limit_bytes": limit, "tokens": count, "details": found, "idle": idle})
     medians: dict[str, dict[str, float]] = {

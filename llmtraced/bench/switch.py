@@ -21,6 +21,8 @@ from typing import Any, Self
 from llmtraced import children
 from llmtraced.capture import Capture
 from llmtraced.errors import FAILED, LlmtracedError
+from llmtraced.probes.loader import Sizes
+from llmtraced.probes.tracer import Tracer
 from llmtraced.schema import Detail
 
 __all__ = ["Switch", "cpu_seconds"]
@@ -32,14 +34,15 @@ class Switch:
     Args:
         pid: the process.
         folder: of the trace.
+        bare: faults, pages and operators are not looked at: their programs are entered and left.
     """
 
-    def __init__(self, pid: int, folder: Path) -> None:
-        self.pid, self.folder = pid, folder
+    def __init__(self, pid: int, folder: Path, *, bare: bool = False) -> None:
+        self.pid, self.folder, self.bare = pid, folder, bare
 
     def __enter__(self) -> Self:
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "llmtraced.bench.switch", str(self.pid), str(self.folder)],
+            [sys.executable, "-m", "llmtraced.bench.switch", str(self.pid), str(self.folder), str(int(self.bare))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -114,8 +117,9 @@ def cpu_seconds(pid: int) -> float:
     return time.clock_gettime(~pid << 3 | 2)  # its CPU-time clock, as clock_getcpuclockid(3) makes it
 
 
-def _serve(pid: int, folder: Path) -> None:
-    capture = Capture(folder, Detail.FAULTS)
+def _serve(pid: int, folder: Path, bare: bool) -> None:
+    tracer = Tracer(Sizes(bare=bare))
+    capture = Capture(folder, Detail.FAULTS, tracer=tracer)
     try:
         print("{}", flush=True)
         while True:
@@ -128,6 +132,7 @@ def _serve(pid: int, folder: Path) -> None:
                 capture.step()
     finally:
         capture.close()
+        tracer.close()
 
 
 def _obey(capture: Capture, pid: int, words: list[str]) -> dict[str, Any]:
@@ -146,6 +151,6 @@ def _obey(capture: Capture, pid: int, words: list[str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        _serve(int(sys.argv[1]), Path(sys.argv[2]))
+        _serve(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "1")
     except LlmtracedError as failure:
         print(json.dumps({"error": str(failure), "exit_code": failure.exit_code or FAILED}), flush=True)

@@ -59,7 +59,10 @@ def _overhead_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", metavar="N", type=_count, default=2, help="the server's compute threads (default 2)"
     )
     parser.add_argument(
-        "--detail", metavar="LIST", default="control,faults,ops,full", help="levels (default control,faults,ops,full)"
+        "--detail",
+        metavar="LIST",
+        default="control,faults,ops,full",
+        help="levels (default control,faults,ops,full); bare-ops: its probes with programs that do nothing",
     )
     parser.add_argument(
         "--pressure",

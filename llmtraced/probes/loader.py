@@ -84,6 +84,7 @@ class Sizes:
         model_bytes: bytes of all traced models together whose re-reads can be told (one bit a page).
         ranges: mapped stretches of model files, all processes.
         threads: threads of traced processes that can be in a fault at once.
+        bare: faults, pages and operators are not looked at; the programs are there to be entered and left.
     """
 
     ring_bytes: int = 16 << 20
@@ -91,6 +92,7 @@ class Sizes:
     model_bytes: int = 256 << 30
     ranges: int = 4096
     threads: int = 8192
+    bare: bool = False
 
 
 @dataclass(slots=True)
@@ -152,6 +154,7 @@ def compile_flags(sizes: Sizes, cpus: int, layout: Mapping[str, int]) -> list[st
         "LT_FILES": FILES,
         "LT_SEEN_WORDS": sizes.model_bytes // schema.PAGE // 64,
         "LT_THREADS": sizes.threads,
+        "LT_BARE": int(sizes.bare),
         "LT_ACCOUNTS": cpus * schema.SLOTS * schema.EPOCHS * len(schema.Probe),
         "LT_PAGE_SHIFT": schema.PAGE.bit_length() - 1,
         "LT_RUN_CHUNKS": 96,

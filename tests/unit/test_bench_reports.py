@@ -67,6 +67,8 @@ def test_processor_time_of_a_process():
 def test_unknown_detail_is_refused_before_anything_is_started():
     with pytest.raises(LlmtracedError, match="no such detail: everything"):
         overhead.run(details=["faults", "everything"])
+    with pytest.raises(LlmtracedError, match="no such detail: bare-control"):
+        overhead.run(details=["bare-control"])
 
 
 def test_targets_of_overhead():
