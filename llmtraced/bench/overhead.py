@@ -20,7 +20,7 @@ from typing import Any, Final
 from llmtraced.bench.engine import Server, ensure_gemma
 from llmtraced.bench.figures import machine, spread
 from llmtraced.bench.pressure import MemoryCgroup, drop_cache, read_ahead_kb
-from llmtraced.bench.switch import Switch, cpu_seconds
+from llmtraced.bench.switch import Switch, counting, cpu_seconds
 from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.schema import Detail
 from llmtraced.values import size
@@ -44,7 +44,6 @@ _FOREIGN_PRESSED: Final = 0.2
 Under pressure the kernel's own threads, which read the disk and reclaim memory, are among these others.
 """
 _TRIES: Final = 20
-_STATISTICS: Final = Path("/proc/sys/kernel/bpf_stats_enabled")
 _CALM_SECONDS: Final = 60.0
 
 
@@ -167,14 +166,12 @@ class _Condition:
         """
         self.switch.on(detail)
         self.server.completion(PROMPT, _WARM_TOKENS)
-        before = _STATISTICS.read_text()
         try:
-            _STATISTICS.write_text("1")
-            runs, ns = self.switch.program_runs()
-            self.server.completion(PROMPT, self.tokens)
-            more_runs, more_ns = self.switch.program_runs()
+            with counting():
+                runs, ns = self.switch.program_runs()
+                self.server.completion(PROMPT, self.tokens)
+                more_runs, more_ns = self.switch.program_runs()
         finally:
-            _STATISTICS.write_text(before)
             self.switch.off()
         names = ("bpf_runs_per_token", "bpf_ns_per_token")
         totals = (more_runs - runs, more_ns - ns)

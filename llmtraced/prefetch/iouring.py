@@ -13,8 +13,11 @@ import errno
 import mmap
 import os
 import struct
+import time
 from collections.abc import Iterable
 from typing import Final
+
+from llmtraced.prefetch.pages import checked
 
 __all__ = ["MadviseRing"]
 
@@ -22,6 +25,7 @@ _SETUP, _ENTER = 425, 426  # system calls
 _OP_MADVISE = 25
 _OFF_RINGS, _OFF_SQES = 0, 0x10000000
 _FEAT_SINGLE_MMAP = 1
+_PAUSE_SECONDS = 0.001  # before asking again, where the kernel has no memory for a request
 
 _PARAMS: Final = struct.Struct("10I 7I4xQ 7I4xQ")  # 7 of the submissions' and 7 of the answers' offsets, from 10 and 18
 _SQE: Final = struct.Struct("BBHiQQIIQ24x")  # opcode, flags, ioprio, fd, off, addr, len, advice, user_data
@@ -31,11 +35,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _call(number: int, *arguments: ctypes.c_uint | ctypes.c_void_p | ctypes.Array[ctypes.c_char]) -> int:
-    result: int = _libc.syscall(ctypes.c_long(number), *arguments)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
+    return checked(_libc.syscall(ctypes.c_long(number), *arguments))
 
 
 class MadviseRing:
@@ -91,6 +91,7 @@ class MadviseRing:
             except OSError as error:
                 if error.errno not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
                     raise
+                time.sleep(_PAUSE_SECONDS)
 
     def answers(self) -> list[tuple[int, int]]:
         """Return what has ended since the last call: (name, 0 or the number of the error)."""

@@ -123,11 +123,11 @@ def run(pid: int, options: Options) -> None:
             f"{pid} runs {printable(label)} ({model.fingerprint}); make one with `llmtraced plan`"
         )
     _tell_of_others(target, label)
-    ticks = _open_clock(target, options.clock, _width(model))
+    merged = {tensor.name for tensor in model.tensors if tensor.n_experts}
+    ticks = _open_clock(target, options.clock, _width(model), matrices=not merged)
     marks: list[list[int]] = []
     unbacked: set[str] = set()
     experts: dict[str, Any] | None = None
-    merged = {tensor.name for tensor in model.tensors if tensor.n_experts}
     if options.strategy == "moe" and (not merged or ticks is None):
         why = "not a mixture of experts" if not merged else "not to be seen at work"
         raise LlmtracedError(f"{printable(label)} is {why}: use the strategy auto", UNSUPPORTED)
@@ -136,6 +136,8 @@ def run(pid: int, options: Options) -> None:
         learned = given or plans.from_graph(label, model, graph, layout)
         marks, numbers = _set_marks(ticks, layout, graph, learned)
         unbacked = _unbacked(graph, label, files)
+        if ticks.matrices and not set(graph.sequence([layout.op_mul_mat])) - unbacked:
+            ticks.operators = False  # all are repacked: this model's graphs cannot be told from another's
         if merged and STRATEGIES[options.strategy]["experts"]:
             experts = _experts(model, layout, graph, numbers, unbacked & merged)
     else:
@@ -222,11 +224,11 @@ def _width(model: Model) -> int:
     return width if merged and isinstance(width, int) and 1 < width <= _MOST_WIDTH else 1
 
 
-def _open_clock(target: Target, wanted: str, width: int) -> Ticks | None:
+def _open_clock(target: Target, wanted: str, width: int, *, matrices: bool) -> Ticks | None:
     if wanted == "pagetable":
         return None
     try:
-        ticks = tick_probes.open_ticks(target.pid, target.symbols, width)
+        ticks = tick_probes.open_ticks(target.pid, target.symbols, width, matrices=matrices)
     except LlmtracedError as error:
         if wanted == "ticks":
             raise
@@ -391,8 +393,7 @@ def configuration(
             "wakes": ticks.maps["wakes"],
             "ring_bytes": tick_probes.RING_BYTES,
             "marks": tick_probes.MARKS,
-            # By multiplications alone a graph whose weights are all repacked could not be told from another model's.
-            "operators": "ggml_cpu_extra_compute_forward" in target.symbols,
+            "operators": ticks.operators,
         },
         "keep": [] if ticks is None else ticks.descriptors(),
         "cgroup": {"folder": str(group.path) if group else "", "version": group.version if group else 2},

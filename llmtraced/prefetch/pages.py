@@ -9,6 +9,13 @@ pages are 512 of each. docs/prefetching.md has what that is worth.
 Rules of the kernel that this module keeps (mm/madvise.c): MADV_PAGEOUT gives back only what the *server* has mapped,
 and skips what anybody else has mapped as well. So chunks that are streamed are mapped here for a moment only, while
 they are read (:meth:`Pages.read`), and those that are pinned stay mapped and locked.
+
+And of reading ahead (mm/filemap.c, do_sync_mmap_readahead; mm/readahead.c): the folio at which the next stretch is to
+be read carries a mark. A huge page that is touched in a mapping with MADV_RANDOM comes in alone and is that folio
+itself; when the *server* then comes to it, the kernel reads as much as its readahead allows of what follows and is
+missing, in small pages. Without MADV_RANDOM two huge pages are read and the second is marked; but where it is there
+already, only the first comes in, and no mark. So there are two mappings, and a chunk is touched in that one which
+leaves none.
 """
 
 from __future__ import annotations
@@ -21,7 +28,7 @@ from typing import Any
 
 from llmtraced.prefetch.policy import CHUNK
 
-__all__ = ["PATHS", "Pages", "copied"]
+__all__ = ["PATHS", "Pages", "checked", "copied"]
 
 PATHS = ("huge", "readahead", "willneed", "fadvise", "pread")
 """Ways to bring a chunk in: touching a huge-page mapping; readahead(2); process_madvise(2) MADV_WILLNEED on the
@@ -49,10 +56,16 @@ class _Iovec(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
-def _check(result: int) -> None:
+def checked(result: int) -> int:
+    """Return what a call of the C library returned.
+
+    Raises:
+        OSError: it failed.
+    """
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+    return result
 
 
 def copied(pid: int, address: int, buffer: ctypes.Array[Any], nbytes: int) -> bool:
@@ -87,16 +100,16 @@ class Pages:
         self.fd, self.pidfd, self.maps = fd, pidfd, sorted(maps)
         self.size = os.fstat(fd).st_size
         # The kernel aligns a mapping of 2 MiB and more so that its huge pages fit (thp_get_unmapped_area).
-        self._base = address = _mapped(fd, self.size)
+        self._base, self._followed = _mapped(fd, self.size), _mapped(fd, self.size)
         whole = self.size // _PAGE * _PAGE
-        self.huge = _libc.madvise(address, whole, _MADV_HUGEPAGE) == 0
-        # Only what is asked for: without this a huge-page fault reads the next chunk, too.
-        _libc.madvise(address, whole, _MADV_RANDOM)
+        self.huge = all(_libc.madvise(at, whole, _MADV_HUGEPAGE) == 0 for at in (self._base, self._followed))
+        _libc.madvise(self._base, whole, _MADV_RANDOM)  # only what is asked for
         self.counted = self._cachestat(0, _PAGE) is not None
 
     def close(self) -> None:
         """Unmap the file here; what was locked is no longer."""
         _libc.munmap(self._base, self.size)
+        _libc.munmap(self._followed, self.size)
 
     @property
     def chunks(self) -> int:
@@ -125,7 +138,7 @@ class Pages:
         Raises:
             OSError: it cannot be read (the file is gone, or was cut).
         """
-        address, length = self._base + chunk * CHUNK, self.length(chunk)
+        address, length, advice = self.touching(chunk)
         if path == "pread":
             view = memoryview(scratch)[:length]  # type: ignore[arg-type]
             if os.preadv(self.fd, [view], chunk * CHUNK) < length:
@@ -133,7 +146,7 @@ class Pages:
             return
         if path == "readahead":
             for at in range(0, length, _PIECE):
-                _check(_libc.readahead(self.fd, chunk * CHUNK + at, min(_PIECE, length - at)))
+                checked(_libc.readahead(self.fd, chunk * CHUNK + at, min(_PIECE, length - at)))
         elif path == "fadvise":
             for at in range(0, length, _PIECE):
                 os.posix_fadvise(self.fd, chunk * CHUNK + at, min(_PIECE, length - at), os.POSIX_FADV_WILLNEED)
@@ -142,7 +155,7 @@ class Pages:
                 for at in range(0, n, _PIECE):
                     self._advise_server(start + at, min(_PIECE, n - at), _MADV_WILLNEED)
         try:
-            _check(_libc.madvise(address, length, _MADV_POPULATE_READ))
+            checked(_libc.madvise(address, length, advice))
         finally:
             self.untouch(chunk)
 
@@ -150,7 +163,7 @@ class Pages:
         """Read a chunk by touching it, and tell whether it is one huge page in our page table (FilePmdMapped, 5.4)."""
         address, length, advice = self.touching(chunk)
         try:
-            _check(_libc.madvise(address, length, advice))
+            checked(_libc.madvise(address, length, advice))
             with open("/proc/self/smaps") as stream:
                 here = False
                 for line in stream:
@@ -166,11 +179,23 @@ class Pages:
 
     def touching(self, chunk: int) -> tuple[int, int, int]:
         """Return (address, length, advice) of the madvise(2) call that reads a chunk by touching it; then untouch."""
-        return self._base + chunk * CHUNK, self.length(chunk), _MADV_POPULATE_READ
+        at = chunk * CHUNK
+        return (
+            (self._followed if self._is_followed(chunk) else self._base) + at,
+            self.length(chunk),
+            _MADV_POPULATE_READ,
+        )
+
+    def _is_followed(self, chunk: int) -> bool:
+        """Tell whether nothing of the next chunk is missing: it is there, is being read, or the file ends before it."""
+        following = chunk + 1
+        length = min(CHUNK, self.size - following * CHUNK)
+        return length <= 0 or self._cachestat(following * CHUNK, length) == -(-length // _PAGE)
 
     def untouch(self, chunk: int) -> None:
-        """Take a chunk out of our page table again; it stays in the page cache."""
-        _libc.madvise(self._base + chunk * CHUNK, self.length(chunk), _MADV_DONTNEED)
+        """Take a chunk out of our page tables again; it stays in the page cache."""
+        for address in (self._base, self._followed):
+            _libc.madvise(address + chunk * CHUNK, self.length(chunk), _MADV_DONTNEED)
 
     def pin(self, chunk: int) -> None:
         """Bring a chunk in, and keep it in memory for as long as this process lives.
@@ -180,7 +205,7 @@ class Pages:
         """
         address, length = self._base + chunk * CHUNK, self.length(chunk)
         try:
-            _check(_libc.mlock(address, length))
+            checked(_libc.mlock(address, length))
         except OSError:
             self.unpin(chunk)
             raise
@@ -211,7 +236,7 @@ class Pages:
             OSError: it cannot be read.
         """
         for at in range(offset, offset + length, _PIECE):
-            _check(_libc.readahead(self.fd, at, min(_PIECE, offset + length - at)))
+            checked(_libc.readahead(self.fd, at, min(_PIECE, offset + length - at)))
 
     def give_back_range(self, offset: int, length: int) -> None:
         """Do as :meth:`give_back` and :meth:`drop` with the whole pages of any range; others use the pages at its ends.
@@ -240,7 +265,7 @@ class Pages:
         if found is None:  # mincore(2) looks at each page: some 0.1 us
             first = offset // _PAGE * _PAGE
             there = ctypes.create_string_buffer(-(-(offset + length - first) // _PAGE))
-            _check(_libc.mincore(self._base + first, offset + length - first, there))
+            checked(_libc.mincore(self._base + first, offset + length - first, there))
             found = there.raw.count(b"\1")
         return found * _PAGE
 

@@ -37,7 +37,8 @@ POINTS: Final = (
     Uprobe("on_operator", "ggml_cpu_extra_compute_forward", "multiplications tell where the server is", Detail.OPS),
     Uprobe("on_operator", "ggml_compute_forward_mul_mat", "only graphs tell where the server is", Detail.OPS),
 )
-"""Of the last two the first that a build has is used."""
+"""Of the last two the first that a build has is used; or the last, where only multiplications matter: it takes half as
+many traps."""
 
 _PROGRAMS: Final = ("on_begin", "on_end", "on_operator")
 _MAPS: Final = ("ticks", "clocks", "marks", "wakes")
@@ -69,12 +70,14 @@ class Ticks:
         links: descriptors that keep it attached.
         lost: what could not be attached, a sentence each.
         operators: whether operators are seen, not only graphs.
+        matrices: of these only multiplications by weights that were not repacked.
     """
 
     maps: dict[str, int]
     links: list[int]
     lost: list[str]
     operators: bool
+    matrices: bool = False
 
     def set_layout(self, layout: Layout, addresses: Sequence[int]) -> None:
         """Say where fields lie, and which weights' data to look for (sorted addresses, at most :data:`MARKS`)."""
@@ -102,7 +105,9 @@ class Ticks:
             os.close(fd)
 
 
-def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1, ring_bytes: int = RING_BYTES) -> Ticks:
+def open_ticks(
+    pid: int, symbols: Mapping[str, Symbol], width: int = 1, ring_bytes: int = RING_BYTES, *, matrices: bool = False
+) -> Ticks:
     """Compile the programs and attach them to ``pid``.
 
     Args:
@@ -110,6 +115,7 @@ def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1, ring_byt
         symbols: ggml's functions in it.
         width: float32 values of the inputs that are told, of a batch of one token.
         ring_bytes: size of the ring, a power of two.
+        matrices: multiplications are enough, if they can be seen alone.
 
     Raises:
         LlmtracedError: no permission, no BCC or headers, or not even graphs can be seen in this build.
@@ -125,7 +131,7 @@ def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1, ring_byt
     programs, maps, refused = loader.load_image(found, _MAPS)
     ticks = Ticks(maps, [], [], False)
     try:
-        for point in POINTS:
+        for point in POINTS[:2] + (POINTS[:1:-1] if matrices and _alone(symbols) else POINTS[2:]):
             if point.program == "on_operator" and ticks.operators:
                 continue
             symbol = symbols.get(point.symbol)
@@ -139,6 +145,7 @@ def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1, ring_byt
                 kernel.open_uprobe(symbol.library, symbol.offset, pid, program, str(point), on_return=point.on_return)
             )
             ticks.operators |= point.program == "on_operator"
+            ticks.matrices |= point is POINTS[-1]
     except BaseException:
         ticks.close()
         raise
@@ -146,6 +153,12 @@ def open_ticks(pid: int, symbols: Mapping[str, Symbol], width: int = 1, ring_byt
         for program in programs.values():  # what is attached keeps it
             os.close(program)
     return ticks
+
+
+def _alone(symbols: Mapping[str, Symbol]) -> bool:
+    """Tell whether multiplications can be seen by themselves at less cost than among all operators."""
+    symbol = symbols.get(POINTS[-1].symbol)
+    return symbol is not None and kernel.emulated(symbol.library, symbol.offset)
 
 
 def _source() -> str:

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,11 @@ CHILD = """
 import mmap, os, sys
 fd, skip = os.open(sys.argv[1], os.O_RDONLY), int(sys.argv[2])
 data = mmap.mmap(fd, os.fstat(fd).st_size - skip, mmap.MAP_SHARED, mmap.PROT_READ, offset=skip)
-data.madvise(mmap.MADV_RANDOM)
+if sys.argv[3] == "ahead":  # as llama.cpp does
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    data = mmap.mmap(fd, os.fstat(fd).st_size - skip, mmap.MAP_SHARED, mmap.PROT_READ, offset=skip)
+else:
+    data.madvise(mmap.MADV_RANDOM)
 print("ready", flush=True)
 for line in sys.stdin:
     first, last = map(int, line.split())
@@ -41,10 +46,10 @@ for line in sys.stdin:
 
 
 class Server:
-    """A process that has the file mapped, and touches what it is told."""
+    """A process that has the file mapped, and touches what it is told; the kernel reads ``ahead`` for it, or not."""
 
-    def __init__(self, path: Path, skip: int = SKIPPED) -> None:
-        command = [sys.executable, "-I", "-S", "-c", CHILD, str(path), str(skip)]
+    def __init__(self, path: Path, skip: int = SKIPPED, *, ahead: bool = False) -> None:
+        command = [sys.executable, "-I", "-S", "-c", CHILD, str(path), str(skip), "ahead" if ahead else ""]
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.child.stdout is not None
         assert self.child.stdout.readline() == "ready\n"
@@ -285,6 +290,31 @@ def test_a_chunk_comes_in_as_one_huge_page(file: Path, pages: Pages, server: Ser
         pytest.skip(f"no huge folios on this {kind.strip()} of Linux {os.uname().release} (or memory is in pieces)")
     pages.pin(2)
     assert ours(file, "FilePmdMapped") == CHUNK
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("next_one", ["read", "pinned", "none"])
+def test_a_server_that_touches_a_chunk_makes_the_kernel_read_nothing(path: str, next_one: str, file: Path) -> None:
+    assert drop_cache(file) == 0
+    server = Server(file, ahead=True)
+    fd = os.open(file, os.O_RDONLY)
+    pages = Pages(fd, server.pidfd, server.maps)
+    try:
+        chunk = CHUNKS if next_one == "none" else 1
+        {"read": lambda: pages.read(2, "huge"), "pinned": lambda: pages.pin(2), "none": lambda: None}[next_one]()
+        before = chunks_there(pages)
+        pages.read(chunk, path, bytearray(CHUNK))
+        there = chunks_there(pages)
+        # What a read(2) reads ahead, and marks, is the kernel's affair.
+        assert path == "pread" or there == before | {chunk: whole(pages.length(chunk))}
+        server.touch(chunk)
+        time.sleep(0.2)
+        assert chunks_there(pages) == there
+    finally:
+        pages.close()
+        os.close(fd)
+        server.end()
+        drop_cache(file)
 
 
 def test_a_file_that_is_cut_is_an_error_and_no_death(tmp_path: Path, server: Server) -> None:

@@ -34,9 +34,10 @@ def target(engine: SyncEngine) -> Target:
     return find_target(engine.pid)
 
 
-@pytest.fixture(scope="module")
-def clock(target: Target) -> Iterator[Ticks]:
-    ticks = open_ticks(target.pid, target.symbols)
+@pytest.fixture(scope="module", params=["all operators", "matrices"])
+def clock(target: Target, request: pytest.FixtureRequest) -> Iterator[Ticks]:
+    ticks = open_ticks(target.pid, target.symbols, matrices=request.param == "matrices")
+    assert (ticks.operators, ticks.matrices) == (True, request.param == "matrices")
     yield ticks
     ticks.close()
 

