@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import threading
 import time
 from array import array
@@ -32,6 +31,7 @@ from llmtraced.prefetch.experts import ABSENT, HERE, Residency
 from llmtraced.prefetch.guesses import SURE, CoActivation, LastTokens, Margin, Tally
 from llmtraced.prefetch.pages import Pages, copied
 from llmtraced.prefetch.router import Router
+from llmtraced.prefetch.turn import hurry
 
 __all__ = ["Mixture"]
 
@@ -75,17 +75,6 @@ def _ratio(norm: array[float] | None, like: array[float] | None) -> array[float]
     if norm is None or like is None:
         return None
     return array("f", (b / a if a else 0.0 for a, b in zip(norm, like, strict=True)))
-
-
-def _hurry(priority: int) -> None:
-    """Let this thread go before the server's, as far as that is allowed; 0: no longer.
-
-    The server's threads spin on all processors, and from its router to its experts it takes 50 us. A thread that has to
-    wait for its turn gets it milliseconds later.
-    """
-    policy = os.SCHED_FIFO if priority else os.SCHED_OTHER
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, policy, os.sched_param(priority))
 
 
 class Mixture:
@@ -369,7 +358,7 @@ class Mixture:
 
     def _reader(self) -> None:
         """Read slices, in a thread: what is urgent first."""
-        _hurry(1)
+        hurry(1)
         while (wanted := self._next(self._urgent, self._early)) is not None:
             self._read(*wanted)
 
@@ -403,7 +392,6 @@ class Mixture:
             self._threads = [threading.Thread(target=one, daemon=True) for one in work]
             for thread in self._threads:
                 thread.start()
-            _hurry(2)
             self.residency.capacity = capacity
             self.sweep(adopt=True)
         self.residency.capacity = capacity
@@ -449,7 +437,6 @@ class Mixture:
             self._turn.notify_all()
         for thread in self._threads:
             thread.join()
-        _hurry(0)
 
     def summary(self) -> dict[str, Any]:
         """Return what was done so far; docs/prefetching.md explains the fields."""

@@ -24,6 +24,7 @@ from llmtraced.prefetch.mixture import Mixture
 from llmtraced.prefetch.pages import Pages
 from llmtraced.prefetch.policy import CHUNK, IDLE, lay_out
 from llmtraced.prefetch.told import metrics_text, words
+from llmtraced.prefetch.turn import Turn
 from llmtraced.prefetch.work import Work, calibrate
 from llmtraced.service import Watchdog, notify
 
@@ -69,6 +70,7 @@ class Sidecar:
             self.ring.wait(0)  # ticks of graphs that began before the clock knew its marks say nothing
         self._operators = bool(ticks and ticks["operators"])
         self.table = PageTable(self.pid)
+        self.turn = Turn()
         self.work: Work | None = None
         self.mixture: Mixture | None = None
         self.experts: dict[str, Any] = {}  # what was last told of them
@@ -220,6 +222,7 @@ class Sidecar:
 
     def engage(self) -> None:
         """Take over the model's pages."""
+        self.turn.leave()
         path = self.strategy["path"]
         if not path:
             path, self.speeds = calibrate(self.pages, self.chunks, self.config["depth"] or 8)
@@ -271,6 +274,7 @@ class Sidecar:
 
     def _divide(self) -> None:
         assert self.work is not None
+        self.turn.leave()
         experts = self.mixture.total if self.mixture is not None else 0
         enough = self.budget >= self.total + experts + self.slack and (experts or not self.config["partial"])
         if self.strategy["pin"] and enough and self.governor.fits():
@@ -284,9 +288,12 @@ class Sidecar:
             wakes = dict.fromkeys(self.work.wakes(self.marks), 1)
             self.ring.wake_at(wakes | (self.mixture.wakes() if self.mixture is not None else {}))
         self._move(self._step, time.monotonic_ns())
+        if self.work.stream is not None or self.mixture is not None:
+            self.turn.take()
 
     def release(self) -> None:
         """Let go of everything; the kernel manages the model's pages again."""
+        self.turn.leave()
         if self.mixture is not None:
             self.mixture.release()
             self.experts = self.mixture.summary()
@@ -381,6 +388,7 @@ class Sidecar:
             "mean_ahead_s": t["ahead_ns"] / t["used"] / 1e9 if t["used"] else None,
             "failed_reads": t["failed"],
             "experts": self.mixture.summary() if self.mixture is not None else self.experts or None,
+            "demoted": self.turn.demoted,
             "ticks_lost": self.ring.lost if self.ring is not None else 0,
             "token_s_without": without_ns[len(without_ns) // 2] / 1e9 if without_ns else None,
             "token_s_with": with_ns[len(with_ns) // 2] / 1e9 if with_ns else None,
