@@ -138,7 +138,7 @@ class Pages:
         Raises:
             OSError: it cannot be read (the file is gone, or was cut).
         """
-        address, length, advice = self.touching(chunk)
+        length = self.length(chunk)
         if path == "pread":
             view = memoryview(scratch)[:length]  # type: ignore[arg-type]
             if os.preadv(self.fd, [view], chunk * CHUNK) < length:
@@ -154,6 +154,7 @@ class Pages:
             for start, n in self.server_ranges(chunk):
                 for at in range(0, n, _PIECE):
                     self._advise_server(start + at, min(_PIECE, n - at), _MADV_WILLNEED)
+        address, length, advice = self.touching(chunk)
         try:
             checked(_libc.madvise(address, length, advice))
         finally:

@@ -34,7 +34,6 @@ fd, skip = os.open(sys.argv[1], os.O_RDONLY), int(sys.argv[2])
 data = mmap.mmap(fd, os.fstat(fd).st_size - skip, mmap.MAP_SHARED, mmap.PROT_READ, offset=skip)
 if sys.argv[3] == "ahead":  # as llama.cpp does
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    data = mmap.mmap(fd, os.fstat(fd).st_size - skip, mmap.MAP_SHARED, mmap.PROT_READ, offset=skip)
 else:
     data.madvise(mmap.MADV_RANDOM)
 print("ready", flush=True)
