@@ -50,6 +50,9 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.process_vm_readv.restype = ctypes.c_ssize_t
 _libc.readahead.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_size_t]
+# For calls that take microseconds: to let other threads have the interpreter meanwhile costs more than they do.
+_at_once = ctypes.PyDLL(None, use_errno=True)
+_at_once.madvise.argtypes = _libc.madvise.argtypes
 
 
 class _Iovec(ctypes.Structure):
@@ -158,7 +161,7 @@ class Pages:
         try:
             checked(_libc.madvise(address, length, advice))
         finally:
-            self.untouch(chunk)
+            _at_once.madvise(address, length, _MADV_DONTNEED)
 
     def comes_huge(self, chunk: int) -> bool:
         """Read a chunk by touching it, and tell whether it is one huge page in our page table (FilePmdMapped, 5.4)."""
@@ -273,8 +276,8 @@ class Pages:
     def _cachestat(self, offset: int, length: int) -> int | None:
         """Return the cached pages of a part of the file; None: this kernel has no such call."""
         wanted, answer = (ctypes.c_uint64 * 2)(offset, length), (ctypes.c_uint64 * 5)()
-        done = _libc.syscall(_NR_CACHESTAT, self.fd, wanted, answer, 0)
-        return None if done < 0 else int(answer[0])
+        call = (_at_once if length <= CHUNK else _libc).syscall
+        return None if call(_NR_CACHESTAT, self.fd, wanted, answer, 0) < 0 else int(answer[0])
 
     def _advise_server(self, address: int, length: int, advice: int) -> None:
         vector = _Iovec(address, length)

@@ -175,6 +175,7 @@ class Stream:
         self._at = 0  # the first chunk that is not done with
         self._step = step
         self._reached = -1  # the furthest chunk of the operator at hand that was touched
+        self._settled = False  # whether what should be in memory is there, or under way
 
     def wanted(self) -> list[int]:
         """Return the chunks that should be in memory, soonest first."""
@@ -189,34 +190,39 @@ class Stream:
         """
         if not self.chunks:
             return [], []
+        count, before, at = len(self.chunks), self._step, self._at
         done = bisect_left(self._lasts, step)
         # Within an operator the chunks before the one that was reached are done with, too.
-        within = self._reached - _BEHIND if step == self._step else -1
-        self._at = max(done, within) % len(self.chunks)
-        if step != self._step:
+        within = self._reached - _BEHIND if step == before else -1
+        self._at = max(done, within) % count
+        if step != before:
             self._reached = -1
-        wanted = self.wanted()
-        before = self._step
         if step < before:  # the token has ended, or was broken off
             for i in self._coming:
                 self._meet(i, now_ns)
             self._coming.clear()
             before = IDLE
-        for i in self._by_first[bisect_right(self._firsts, before) : bisect_right(self._firsts, step)]:
-            self._coming.add(i)
-        expected = set(wanted)
-        begins = expected if step != self._step else set()  # what should be there when an operator begins
-        for i in [i for i in self._coming if i in begins or self.chunks[i].last < step or i <= self._reached]:
-            self._coming.discard(i)
-            self._meet(i, now_ns)
+        self._coming.update(self._by_first[bisect_right(self._firsts, before) : bisect_right(self._firsts, step)])
+        begins = step != self._step  # what should be there when an operator begins
         self._step = step
-        back = [i for i in self._ready if i not in expected]
+        if self._coming:
+            for i in list(self._coming):
+                if (begins and self._is_wanted(i)) or self.chunks[i].last < step or i <= self._reached:
+                    self._coming.discard(i)
+                    self._meet(i, now_ns)
+        if self._settled and self._at == at:
+            return [], []
+        back = [i for i in self._ready if not self._is_wanted(i)]
         for i in back:
             self.gone(i)
-        read = [i for i in wanted if self.state[i] == ABSENT]
+        read = [i for i in self.wanted() if self.state[i] == ABSENT]
         for i in read:
             self.state[i] = READING
+        self._settled = True
         return back, read
+
+    def _is_wanted(self, i: int) -> bool:
+        return (i - self._at) % len(self.chunks) < self.window
 
     def reach(self, i: int) -> None:
         """Take in that the server has touched a chunk of the operator that it is at; effective with the next move."""
@@ -244,6 +250,7 @@ class Stream:
         """Take in that a chunk has been read."""
         self.state[i] = READY
         self._ready[i] = now_ns
+        self._settled = self._settled and self._is_wanted(i)
 
     def gone(self, i: int) -> None:
         """Take in that a chunk is not in memory (any more)."""
@@ -251,6 +258,7 @@ class Stream:
         self._ready.pop(i, None)
         self._met.discard(i)
         self.state[i] = ABSENT
+        self._settled = False
 
     def clear(self) -> list[int]:
         """Forget all, and return what was in memory."""

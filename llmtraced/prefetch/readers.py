@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from queue import SimpleQueue
 
 from llmtraced.prefetch.iouring import MadviseRing
 from llmtraced.prefetch.pages import Pages
@@ -18,6 +20,9 @@ __all__ = ["Threads", "Uring"]
 class Threads:
     """Threads that read chunks, soonest needed first. Python's lock is released while they are in the kernel.
 
+    What they take requests from is made of parts that the interpreter keeps whole by itself (a deque, a SimpleQueue):
+    a threading.Condition costs a chunk as much processor time as its read, beside a server that computes.
+
     Args:
         files: pages of each file.
         path: how (pages.PATHS).
@@ -28,7 +33,7 @@ class Threads:
         self._files, self.path = files, path
         self._waiting: deque[tuple[int, int, int]] = deque()
         self._done: deque[tuple[int, str]] = deque()
-        self._turn = threading.Condition()
+        self._turns: SimpleQueue[None] = SimpleQueue()  # one for each request at least: some may find none any more
         self._closed = False
         self._threads = [threading.Thread(target=self._work, name=f"read-{n}", daemon=True) for n in range(count)]
         for thread in self._threads:
@@ -36,18 +41,22 @@ class Threads:
 
     def submit(self, reads: Iterable[tuple[int, int, int]]) -> None:
         """Ask for chunks: (name of the request, file, number of the chunk)."""
-        with self._turn:
-            before = len(self._waiting)
-            self._waiting.extend(reads)
-            self._turn.notify(len(self._waiting) - before)
+        for one in reads:
+            self._waiting.append(one)
+            self._turns.put(None)
 
     def forget(self, keep: set[int]) -> list[int]:
         """Take back requests that have not begun and are not in ``keep``; return their names."""
-        with self._turn:
-            gone = [name for name, _, _ in self._waiting if name not in keep]
-            if gone:
-                self._waiting = deque(one for one in self._waiting if one[0] in keep)
-        return gone
+        if all(name in keep for name, _, _ in tuple(self._waiting)):
+            return []
+        gone: list[tuple[int, int, int]] = []
+        kept: list[tuple[int, int, int]] = []
+        while self._waiting:
+            with contextlib.suppress(IndexError):  # a thread has just taken the last one
+                one = self._waiting.popleft()
+                (kept if one[0] in keep else gone).append(one)
+        self.submit(kept)
+        return [name for name, _, _ in gone]
 
     def collect(self) -> list[tuple[int, str]]:
         """Return (name, error or "") of the requests that have ended since the last call."""
@@ -59,12 +68,13 @@ class Threads:
     def _work(self) -> None:
         scratch = bytearray(CHUNK) if self.path == "pread" else None
         while True:
-            with self._turn:
-                while not self._waiting and not self._closed:
-                    self._turn.wait()
-                if self._closed:
-                    return
+            self._turns.get()
+            if self._closed:
+                return
+            try:
                 name, file, number = self._waiting.popleft()
+            except IndexError:  # it was taken back
+                continue
             try:
                 self._files[file].read(number, self.path, scratch)
             except Exception as error:  # whatever it is: who asked must hear that this one has ended
@@ -74,9 +84,9 @@ class Threads:
 
     def close(self) -> None:
         """Stop; reads under way are waited for, requests that have not begun are dropped."""
-        with self._turn:
-            self._closed = True
-            self._turn.notify_all()
+        self._closed = True
+        for _ in self._threads:
+            self._turns.put(None)
         for thread in self._threads:
             thread.join()
 

@@ -31,7 +31,7 @@ from llmtraced.service import Watchdog, notify
 __all__ = ["Sidecar", "main"]
 
 _CHECK_SECONDS = 0.25  # between looks at the memory
-_GUARD_SECONDS = 0.005  # between looks at what is left of it, while the server computes
+_GUARD_SECONDS, _GUARD_DECODING_SECONDS = 0.005, 0.025  # between looks at what is left of it, while the server computes
 _GROW_SECONDS = 2.0  # so long must memory be free before more is pinned
 _STRIKES = 4  # checks in a row in which a limit was run into
 _PRESSURE, _PRESSURE_SECONDS = 0.2, 15.0  # share of time in which all waited for memory; time for that to be ours
@@ -216,7 +216,11 @@ class Sidecar:
         stream = self.work.stream if self.work else None
         if self._begun and stream is not None and stream.crowded():
             return _POLL_SECONDS
-        return _GUARD_SECONDS if self._begun and self.work is not None else _CHECK_SECONDS
+        return self._vigilance() if self._begun and self.work is not None else _CHECK_SECONDS
+
+    def _vigilance(self) -> float:
+        """Return how long to go without a look at the memory: a prompt touches megabytes of buffers, a token none."""
+        return _GUARD_DECODING_SECONDS if self._begun and self._batch else _GUARD_SECONDS
 
     # --- working ---------------------------------------------------------------------------------------------------
 
@@ -244,7 +248,7 @@ class Sidecar:
     def _guard(self) -> None:
         """Give pins up at once where memory is about to run out: the server has touched more of its own."""
         now = time.monotonic()
-        if self.work is None or not self.work.pinned or now - self._guarded < _GUARD_SECONDS:
+        if self.work is None or not self.work.pinned or now - self._guarded < self._vigilance():
             return
         self._guarded = now
         window = self.work.window if self.work.stream is not None else 0

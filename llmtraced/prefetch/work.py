@@ -175,6 +175,8 @@ class Work:
                 self.totals["read_bytes"] += stream.chunks[i].nbytes
                 stream.arrived(i, time.monotonic_ns())
         back, read = stream.move(step, now_ns)
+        if not (back or read or self._lingering):
+            return  # as most times: the server comes to more operators than chunks
         wanted = stream.wanted()
         for i in reader.forget(set(wanted)):
             stream.gone(i)
