@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import mmap
 import os
 import select
@@ -17,6 +19,9 @@ _EXPERTS = 16  # room for a token of a batch
 _PAGE = 4096
 _BUSY, _DISCARD = 1 << 31, 1 << 30  # BPF_RINGBUF_BUSY_BIT, BPF_RINGBUF_DISCARD_BIT: include/uapi/linux/bpf.h
 _RECORD = struct.Struct("<QIIQ")
+_PAGEMAP_SCAN, _PAGE_IS_HUGE = 0xC0606610, 1 << 6  # include/uapi/linux/fs.h, 6.7
+_SCAN = struct.Struct("<12Q")  # struct pm_scan_arg
+_REGIONS = 256  # struct page_region, 24 bytes each, for one call
 
 Tick = tuple[int, int, int, int, bytes]
 """(time in ns, CLOCK_MONOTONIC; graphs so far; BEGIN, END or the number of a mark; of a BEGIN what :func:`decoded`
@@ -112,6 +117,22 @@ class PageTable:
         except OSError:
             return False
         return len(entry) == 8 and bool(entry[7] & 0x80)
+
+    def huge(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Return the (start, end) of addresses that are mapped by huge pages.
+
+        Raises:
+            OSError: the kernel cannot tell (PAGEMAP_SCAN, Linux 6.7).
+        """
+        found: list[tuple[int, int]] = []
+        regions = (ctypes.c_uint64 * (3 * _REGIONS))()
+        while start < end:
+            asked = (_SCAN.size, 0, start, end, 0, ctypes.addressof(regions), _REGIONS, 0, 0, _PAGE_IS_HUGE, 0)
+            answer = bytearray(_SCAN.pack(*asked, _PAGE_IS_HUGE))
+            count = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, answer)
+            found += [(regions[3 * n], regions[3 * n + 1]) for n in range(count)]
+            start = _SCAN.unpack(answer)[4]  # how far it came
+        return found
 
     def close(self) -> None:
         """Let go of the process."""

@@ -6,6 +6,7 @@ the model fits, and nothing is done. Else it engages, and compares the tokens wi
 
 from __future__ import annotations
 
+from math import inf
 from statistics import median
 
 __all__ = ["ASIDE", "BACKED_OFF", "ENGAGED", "FITS", "WATCHING", "Governor"]
@@ -29,21 +30,29 @@ class Governor:
         model_bytes: that a token uses.
         trial: tokens to watch before engaging; 0: engage at once, and never compare.
         varied: tokens differ in what they read, as those of a mixture do: more of them are watched and compared.
+        held: the server has huge pages that it would lose while it was watched: engage at once, and compare only if in
+            doubt.
 
     Attributes:
         state: WATCHING, ENGAGED, FITS or BACKED_OFF.
         without, with_: (tokens in the batch, duration in ns) of the last evaluations without the sidecar's work, and
             with it. Those of several slots, or of a draft's proposals, take longer: only equal batches are compared.
         why: the last decision, in words.
+        read_through_ns: what a token takes at least where the server reads all of the model for it, as one does whose
+            memory is too small; set by who knows the disk's rate. Engaged tokens that take longer are in doubt.
     """
 
-    def __init__(self, model_bytes: int, trial: int = 3, *, varied: bool = False) -> None:
+    def __init__(self, model_bytes: int, trial: int = 3, *, varied: bool = False, held: bool = False) -> None:
         self._enough = _ENOUGH_VARIED if varied else _ENOUGH
         self._bytes, self._trial = model_bytes, max(trial, self._enough // 2) if trial and varied else trial
-        self.state = WATCHING if trial else ENGAGED
+        self.state = WATCHING if trial and not held else ENGAGED
+        self.read_through_ns = inf
         self.without: list[tuple[int, int]] = []
         self.with_: list[tuple[int, int]] = []
-        self.why = "watching the first tokens" if trial else "engaged at once, as asked"
+        self._doubtful = held and trial > 0
+        self.why = "watching the first tokens"
+        if self.state == ENGAGED:
+            self.why = "engaged at once, to keep the server's huge pages" if trial else "engaged at once, as asked"
         self._read: list[int] = []
         self._skip = _SETTLE
         self._pause, self._until = _FIRST_PAUSE, 0.0
@@ -90,7 +99,14 @@ class Governor:
             return
         self.with_ = [*self.with_, (batch, duration_ns)][-64:]
         before, since = _of(batch, self.without), _of(batch, self.with_)
-        if not before or len(since) < self._enough:
+        if len(since) < self._enough:
+            return
+        if self._doubtful and median(since[-self._enough :]) > self.read_through_ns * _WORSE:
+            self.state, self.why = WATCHING, "not clearly faster with it: comparing"
+            self._doubtful = False
+            self._read.clear()
+            return
+        if not before:
             return
         without, engaged = median(before[-self._enough :]), median(since[-self._enough :])
         if engaged > without * _WORSE:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llmtraced import ggml_layout
-from llmtraced.cgroup import cgroup_of
+from llmtraced.cgroup import Cgroup, cgroup_of
 from llmtraced.errors import FAILED, NO_PERMISSION, UNSUPPORTED, LlmtracedError, printable
 from llmtraced.ggml_layout import Graph, Layout
 from llmtraced.gguf_map import Model
@@ -27,7 +27,9 @@ from llmtraced.prefetch import plan as plans
 from llmtraced.prefetch import unit
 from llmtraced.prefetch.clock import BEGIN, TickRing
 from llmtraced.prefetch.guesses import DEFAULT
+from llmtraced.prefetch.hold import Hold
 from llmtraced.prefetch.iouring import MadviseRing
+from llmtraced.prefetch.memory import Memory
 from llmtraced.prefetch.plan import Plan
 from llmtraced.prefetch.policy import CHUNK, slack_for
 from llmtraced.prefetch.routing import mixture
@@ -124,6 +126,8 @@ def run(pid: int, options: Options) -> None:
         )
     _tell_of_others(target, label)
     merged = {tensor.name for tensor in model.tensors if tensor.n_experts}
+    opened = _opened(model, files)
+    hold = None if merged else _hold(target, opened, given or plans.from_tensors(label, model), options)
     ticks = _open_clock(target, options.clock, _width(model), matrices=not merged)
     marks: list[list[int]] = []
     unbacked: set[str] = set()
@@ -145,12 +149,48 @@ def run(pid: int, options: Options) -> None:
     _warn(learned, unbacked, enough=experts is not None)
     if merged and experts is None:
         log.warning(_LEFT)
-    config = configuration(target, label, files, learned, unbacked, ticks, marks, options)
+    config = configuration(target, label, opened, learned, unbacked, ticks, marks, options)
+    config["held"] = bool(hold and hold.nbytes and ticks is not None)
     config["mixture"], config["predict"] = experts, list(options.predict)
     if experts is not None and experts["code"] is not None:
         config["keep"].append(experts["code"])
     config["keep"].append(only.detach())
     become(config, target, options)
+
+
+def _opened(model: Model, files: list[ModelFile]) -> list[dict[str, Any]]:
+    """Return of each file of a model the descriptor, and where the server has it mapped."""
+    return [
+        {
+            "fd": os.open(model.shards[f.shard].path, os.O_RDONLY),
+            "maps": [[m.start, m.end, m.offset] for m in f.mappings],
+        }
+        for f in sorted(files, key=lambda f: f.shard)
+    ]
+
+
+def _hold(target: Target, opened: list[dict[str, Any]], plan: Plan, options: Options) -> Hold | None:
+    """Keep what would be lost until the sidecar works; None: this strategy keeps nothing, or nothing would be."""
+    if not (STRATEGIES[options.strategy]["pin"] and STRATEGIES[options.strategy]["stream"]):
+        return None
+    group = cgroup_of(target.pid)
+    memory = Memory(str(group.path) if group else "", group.version if group else 2)
+    entries = [(e.step, e.shard, e.offset_bytes, e.size_bytes) for e in plan.entries if e.whole]
+    pidfd = os.pidfd_open(target.pid)
+    hold = Hold(target.pid, pidfd, opened, entries, memory, _slack(options, group), options.budget)
+    if hold.nbytes:
+        log.info("keeping %d MB of the model as the server has them, in huge pages", hold.nbytes >> 20)
+        return hold
+    hold.close()
+    os.close(pidfd)
+    return None
+
+
+def _slack(options: Options, group: Cgroup | None) -> int:
+    if options.slack is not None:
+        return options.slack
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return slack_for(group.limit if group and group.limit else machine)
 
 
 def live_plan(pid: int) -> Plan:
@@ -353,7 +393,7 @@ def _warn(plan: Plan, unbacked: set[str], *, enough: bool = False) -> None:
 def configuration(
     target: Target,
     label: str,
-    files: list[ModelFile],
+    opened: list[dict[str, Any]],
     plan: Plan,
     unbacked: set[str],
     ticks: Ticks | None,
@@ -361,24 +401,15 @@ def configuration(
     options: Options,
 ) -> dict[str, Any]:
     """Return what the sidecar is told: plain numbers, and descriptors that it inherits."""
-    model = target.models[label]
     group = cgroup_of(target.pid)
     strategy = dict(STRATEGIES[options.strategy])
     if options.path:
         strategy["path"] = options.path
-    limit = group.limit if group and group.limit else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    slack = options.slack if options.slack is not None else slack_for(limit)
     return {
         "pid": target.pid,
         "pidfd": os.pidfd_open(target.pid),
         "label": printable(label, 255),
-        "files": [
-            {
-                "fd": os.open(model.shards[f.shard].path, os.O_RDONLY),
-                "maps": [[m.start, m.end, m.offset] for m in f.mappings],
-            }
-            for f in sorted(files, key=lambda f: f.shard)
-        ],
+        "files": opened,
         "entries": [
             [e.step, e.shard, e.offset_bytes, e.size_bytes]
             for e in plan.entries
@@ -398,10 +429,10 @@ def configuration(
         "keep": [] if ticks is None else ticks.descriptors(),
         "cgroup": {"folder": str(group.path) if group else "", "version": group.version if group else 2},
         "strategy": strategy,
-        "partial": any(tensor.n_experts for tensor in model.tensors),
+        "partial": any(tensor.n_experts for tensor in target.models[label].tensors),
         "budget": options.budget,
         "window": max(options.window // CHUNK, 2) * CHUNK if options.window else 0,
-        "slack": slack,
+        "slack": _slack(options, group),
         "depth": options.depth,
         # Without ticks there are no tokens to compare before engaging.
         "trial": _NEVER if options.strategy == "off" else options.trial if ticks is not None else 0,

@@ -26,6 +26,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from llmtraced.prefetch.clock import PageTable
 from llmtraced.prefetch.policy import CHUNK
 
 __all__ = ["PATHS", "Pages", "checked", "copied"]
@@ -131,6 +132,22 @@ class Pages:
             low, high = max(first, offset), min(last, offset + end - start)
             if low < high:
                 found.append((start + low - offset, high - low))
+        return found
+
+    def mapped_huge(self, table: PageTable) -> set[int]:
+        """Return the chunks that the server has mapped by a huge page each; empty where the kernel cannot tell.
+
+        A page table of small pages stays when what it mapped is given back (nobody but the server could take it away),
+        and then whatever comes later is mapped in small pages as well. So these are worth keeping.
+        """
+        found: set[int] = set()
+        for start, end, offset in self.maps:
+            try:
+                regions = table.huge(start, end)
+            except OSError:
+                return set()
+            for low, high in regions:
+                found.update(range(-(-(offset + low - start) // CHUNK), (offset + high - start) // CHUNK))
         return found
 
     def read(self, chunk: int, path: str, scratch: object = None) -> None:

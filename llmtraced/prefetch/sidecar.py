@@ -61,7 +61,8 @@ class Sidecar:
         self.slack: int = config["slack"]
         told = config["mixture"]
         chosen = sum(told["n_used"] * sum(n for *_, n in layer["slices"]) for layer in told["layers"]) if told else 0
-        self.governor = Governor(self.total + chosen, config["trial"], varied=told is not None)
+        varied, held = told is not None, config["held"]
+        self.governor = Governor(self.total + chosen, config["trial"], varied=varied, held=held)
         self.strategy: dict[str, Any] = config["strategy"]
         self.marks: list[list[int]] = config["marks"]  # steps at which each mark's weight is used
         ticks = config["ticks"]
@@ -173,6 +174,8 @@ class Sidecar:
         read = self._server_read - before
         if self.mixture is not None:
             self.mixture.ended(read)
+        if self.work is not None and self.work.totals["read_bytes"]:
+            self.governor.read_through_ns = self.total / self.work.totals["read_bytes"] * self.work.reading_ns
         if self.governor.token(duration_ns, batch, read, time.monotonic()):
             self._obey()
 
@@ -197,7 +200,7 @@ class Sidecar:
         if self.work is None or stream is None:
             return
         now = time.monotonic_ns()
-        i = self.work.furthest(self.table)
+        i = self.work.furthest()
         if i is None:
             self._move(self._step, now)
             return
@@ -227,7 +230,7 @@ class Sidecar:
     def engage(self) -> None:
         """Take over the model's pages."""
         self.turn.leave()
-        path = self.strategy["path"]
+        path = self.strategy["path"] or ("huge" if self.config["held"] else "")
         if not path:
             path, self.speeds = calibrate(self.pages, self.chunks, self.config["depth"] or 8)
             figures = (
@@ -236,7 +239,7 @@ class Sidecar:
             )
             _say(f"reading by {path}{''.join(figures)}")
         self.work = Work(
-            self.pages, self.chunks, self.strategy, path, self.config["window"], self.config["depth"], _say
+            self.pages, self.table, self.chunks, self.strategy, path, self.config["window"], self.config["depth"], _say
         )
         if self.config["mixture"] and self.ring is not None and self.strategy["experts"]:
             self.mixture = Mixture(self.pid, self.pages, self.config["mixture"], self.config["predict"], _say)

@@ -24,6 +24,7 @@ class Work:
 
     Args:
         pages: of each file of the model.
+        table: the server's page table.
         chunks: that a token uses, in order.
         strategy: ``pin``, ``stream``, ``evict``.
         path: how chunks are read (pages.PATHS or ``uring``).
@@ -35,11 +36,13 @@ class Work:
         pinned: chunks that are locked.
         stream: what moves through the window; None: nothing does.
         totals: chunks ``used``, ``late``, ``missed``, ``wasted``, ``failed``; ``read_bytes``; ``ahead_ns``.
+        reading_ns: time in which the stream had something to read, about.
     """
 
     def __init__(
         self,
         pages: list[Pages],
+        table: PageTable,
         chunks: list[Chunk],
         strategy: dict[str, Any],
         path: str,
@@ -47,11 +50,14 @@ class Work:
         depth: int,
         say: Callable[[str], None],
     ) -> None:
-        self.pages, self.chunks, self.strategy, self.path = pages, chunks, strategy, path
+        self.pages, self.table, self.chunks = pages, table, chunks
+        self.strategy, self.path = strategy, path
         self.fixed_window, self.window, self.depth, self.say = window, window, depth, say
         self.pinned: dict[tuple[int, int], Chunk] = {}
         self.stream: Stream | None = None
         self.totals = dict.fromkeys(("used", "late", "missed", "wasted", "ahead_ns", "failed", "read_bytes"), 0)
+        self.reading_ns = 0
+        self._moved, self._asked = 0, 0  # when the stream was moved last; chunks that were under way then
         self._reader: Threads | Uring | None = None
         self._lingering: list[Chunk] = []  # given back, and still in memory
         self._pinner: threading.Thread | None = None
@@ -87,7 +93,7 @@ class Work:
                 chunk = self.pinned.pop(key)
                 self.pages[chunk.file].unpin(chunk.number)
                 self._give_back(chunk)
-            todo = [c for c in pin if (c.file, c.number) not in self.pinned]
+            todo = self._pin_huge([c for c in pin if (c.file, c.number) not in self.pinned])
             self._pinner = threading.Thread(target=self._pin, args=(todo,), daemon=True)
         if self.strategy["stream"] and stream:
             if self.strategy["evict"]:
@@ -108,6 +114,15 @@ class Work:
             )
         )
 
+    def _pin_huge(self, todo: list[Chunk]) -> list[Chunk]:
+        """Pin, in no time, what the server has mapped by huge pages, before anything drives it out; return the rest."""
+        if self.path != "huge":
+            return todo
+        huge = [pages.mapped_huge(self.table) for pages in self.pages]
+        there = [c for c in todo if c.number in huge[c.file]]
+        self._lock(there)
+        return [c for c in todo if (c.file, c.number) not in self.pinned]
+
     def _pin(self, todo: list[Chunk]) -> None:
         """Pin, in a thread of its own, until told to stop. What is there in small pages is read anew as a whole."""
         for chunk in todo:
@@ -115,12 +130,18 @@ class Work:
                 return
             if self.path == "huge":
                 self._give_back(chunk)
+            if not self._lock([chunk]):
+                return
+
+    def _lock(self, chunks: list[Chunk]) -> bool:
+        for chunk in chunks:
             try:
                 self.pages[chunk.file].pin(chunk.number)
             except OSError as error:
                 self.say(f"cannot lock more than {self.pinned_bytes >> 20} MB: {error.strerror}")
-                return
+                return False
             self.pinned[chunk.file, chunk.number] = chunk
+        return True
 
     def relieve(self, nbytes: int) -> int:
         """Give up pins of that many bytes at once, the last ones first; return how many bytes were."""
@@ -167,7 +188,11 @@ class Work:
         stream, reader = self.stream, self._reader
         if stream is None or reader is None:
             return
+        if self._asked:
+            self.reading_ns += max(now_ns - self._moved, 0)
+        self._moved = now_ns
         for i, error in reader.collect():
+            self._asked -= 1
             if error:
                 self.totals["failed"] += 1
                 stream.gone(i)
@@ -179,6 +204,7 @@ class Work:
             return  # as most times: the server comes to more operators than chunks
         wanted = stream.wanted()
         for i in reader.forget(set(wanted)):
+            self._asked -= 1
             stream.gone(i)
         if self.strategy["evict"]:
             again, self._lingering = self._lingering, []
@@ -188,16 +214,17 @@ class Work:
                     self._give_back(chunk)
             for i in back:
                 self._give_back(stream.chunks[i])
+        self._asked += len(read)
         reader.submit((i, stream.chunks[i].file, stream.chunks[i].number) for i in read)
 
-    def furthest(self, table: PageTable) -> int | None:
+    def furthest(self) -> int | None:
         """Return the furthest chunk of those wanted that the server has touched, by its page table; None: none."""
         stream = self.stream
         for i in reversed(stream.wanted() if stream else []):
             assert stream is not None
             chunk = stream.chunks[i]
             where = self.pages[chunk.file].server_ranges(chunk.number)
-            if stream.state[i] == READY and where and table.mapped(where[0][0]):
+            if stream.state[i] == READY and where and self.table.mapped(where[0][0]):
                 return i
         return None
 
@@ -214,7 +241,7 @@ class Work:
     def _end_stream(self) -> None:
         if self._reader is not None:
             self._reader.close()
-            self._reader = None
+            self._reader, self._asked = None, 0
         if self.stream is not None:
             self.count()
             there = [self.stream.chunks[i] for i in self.stream.clear()]

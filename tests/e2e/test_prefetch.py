@@ -168,6 +168,40 @@ def test_tokens_stay_the_same_and_reads_fall(
     assert read_per_token(server, expected) > unaided / 2  # as before: nothing was left behind
 
 
+def mapped_huge(server: Server) -> int:
+    lines = Path(f"/proc/{server.pid}/smaps").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("FilePmdMapped:"))
+
+
+def test_huge_pages_of_a_server_that_has_just_started_are_kept(start: Callable[..., Any], tmp_path: Path) -> None:
+    """Each token that finds some of the model gone costs huge pages, for good: so nothing is watched before."""
+    with start(None, "huge-") as (server, group):
+        group.set_limit(LIMIT)  # a model that is as small as this one is driven through all of it before it is up
+        begun = mapped_huge(server)
+        if begun < SIZE // 3:
+            pytest.skip(f"only {begun} bytes of the model are mapped by huge pages here")
+        with Sidecar(server.pid, tmp_path) as sidecar:
+            wait_until(lambda: "waiting for process" in sidecar.said(), 60, "the clock runs")
+            assert "in huge pages" in sidecar.said()
+            assert begun // 2 < locked(group) <= begun
+            answers = set()
+            with asking(server):
+                wait_until(sidecar.settled, 60, "the sidecar is engaged")
+            for _ in range(3):
+                answers.add(server.completion(PROMPT, TOKENS)["content"])
+            assert sidecar.metrics()["pinned_bytes"] == pytest.approx(locked(group), abs=HARDLY)
+            kept = mapped_huge(server)
+            summary = sidecar.end()
+        assert summary["state"] == "engaged"
+        assert "huge pages" in summary["why"]
+        let_go(group)
+        for _ in range(3):
+            answers.add(server.completion(PROMPT, TOKENS)["content"])
+        assert len(answers) == 1
+        assert kept > begun // 4  # some go while the launcher becomes the sidecar; the window is 24 MB
+        assert mapped_huge(server) < kept // 4, "without it they go"
+
+
 def test_off_changes_nothing(
     pressed: tuple[Server, MemoryCgroup], expected: str, unaided: float, tmp_path: Path
 ) -> None:

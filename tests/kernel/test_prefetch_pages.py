@@ -4,6 +4,7 @@ BPF; tests/conftest.py has the switch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
@@ -18,8 +19,11 @@ from helpers import need, wait_until
 from llmtraced.bench.pressure import drop_cache
 from llmtraced.prefetch import pages as calls
 from llmtraced.prefetch.clock import PageTable
+from llmtraced.prefetch.hold import Hold
 from llmtraced.prefetch.pages import CHUNK, PATHS, Pages
+from llmtraced.prefetch.policy import Chunk
 from llmtraced.prefetch.readers import Threads, Uring
+from llmtraced.prefetch.work import Work
 
 pytestmark = pytest.mark.kernel("root")
 
@@ -272,6 +276,133 @@ def test_mapped_is_what_the_server_has_touched(pages: Pages, server: Server) -> 
     server.touch(1)
     assert table.mapped(server.address(1))
     assert not table.mapped(server.address(4))
+    table.close()
+
+
+def huge_chunks(pages: Pages, server: Server, wanted: set[int]) -> set[int]:
+    """Have chunks come in as huge pages and the server touch them; return which it has mapped by huge pages."""
+    for chunk in sorted(wanted):
+        pages.read(chunk, "huge")
+    for chunk in sorted(wanted):
+        server.touch(chunk)
+    table = PageTable(server.child.pid)
+    found = pages.mapped_huge(table)
+    table.close()
+    if not found:
+        pytest.skip("no huge folios on this file system (or memory is in pieces)")
+    return found
+
+
+def test_a_page_table_of_small_pages_stays_for_good(pages: Pages, server: Server) -> None:
+    """Why huge pages are worth keeping: whatever comes later is mapped in small pages, however it was read."""
+    assert huge_chunks(pages, server, {1, 2, 4}) == {1, 2, 4}
+    given_back(pages, 1)
+    assert huge_chunks(pages, server, {1}) == {1, 2, 4}  # given back, and a huge page again
+    server.touch(3)  # read by the kernel itself, in small pages
+    given_back(pages, 3)
+    assert pages.comes_huge(3)
+    server.touch(3)
+    assert huge_chunks(pages, server, set()) == {1, 2, 4}
+
+
+class Bound:
+    """A memory of so many bytes; ``left`` of it when it is asked what is short."""
+
+    def __init__(self, room: int) -> None:
+        self._room, self.left = room, 1 << 40
+
+    def room(self, resident: int | None, locked: int) -> int:
+        assert resident is not None
+        assert locked == 0
+        return self._room
+
+    def short(self, needed: int) -> int:
+        return needed - self.left
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmtraced.prefetch.hold.LEAST_WINDOW", CHUNK)
+    monkeypatch.setattr("llmtraced.prefetch.policy.LEAST_WINDOW", CHUNK)
+
+
+def locked() -> int:
+    """Return the bytes that this process has locked: unlike smaps' "Locked", whoever else maps them."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmLck:"))
+
+
+@contextlib.contextmanager
+def holding(file: Path, server: Server, bound: Bound, budget: int | None = None) -> Iterator[Hold]:
+    fd = os.open(file, os.O_RDONLY)
+    entries = [(0, 0, 0, file.stat().st_size)]
+    files = [{"fd": fd, "maps": server.maps}]
+    hold = Hold(server.child.pid, server.pidfd, files, entries, bound, 4096, budget)  # type: ignore[arg-type]
+    try:
+        yield hold
+    finally:
+        hold.close()
+        os.close(fd)
+    assert hold.nbytes == locked() == 0
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_huge_pages_are_held_as_far_as_the_memory_goes(file: Path, pages: Pages, server: Server) -> None:
+    assert huge_chunks(pages, server, {1, 2, 4, 5}) == {1, 2, 4, 5}
+    server.touch(3)
+    bound = Bound(4 * CHUNK + 4096)  # a window, as much again left free, and the slack
+    with holding(file, server, bound) as hold:
+        assert hold.nbytes == locked() == 2 * CHUNK
+        for chunk in (1, 2):
+            pages.give_back(chunk)
+            pages.drop(chunk)
+            assert pages.resident(chunk) == CHUNK
+        given_back(pages, 3)  # what is in small pages is not worth it
+    server.touch(1, 2)
+    with holding(file, server, bound, budget=3 * CHUNK) as hold:
+        assert hold.nbytes == CHUNK
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_nothing_is_held_where_nothing_would_be_lost(file: Path, pages: Pages, server: Server) -> None:
+    for chunk in range(1, 5):
+        server.touch(chunk)
+    with holding(file, server, Bound(5 * CHUNK)) as hold:
+        assert hold.nbytes == 0  # all in small pages
+    assert huge_chunks(pages, server, {5}) == {5}
+    with holding(file, server, Bound(5 * CHUNK)) as hold:
+        assert hold.nbytes == 0  # too little of it to matter
+    with holding(file, server, Bound(100 * CHUNK)) as hold:
+        assert hold.nbytes == 0  # all of it fits
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_what_is_held_is_let_go_when_the_server_needs_the_memory(file: Path, pages: Pages, server: Server) -> None:
+    assert huge_chunks(pages, server, {1, 2, 4, 5}) == {1, 2, 4, 5}
+    bound = Bound(5 * CHUNK)
+    with holding(file, server, bound) as hold:
+        assert hold.nbytes == 2 * CHUNK
+        time.sleep(0.05)
+        assert hold.nbytes == 2 * CHUNK
+        bound.left = CHUNK  # a window and the slack are more
+        wait_until(lambda: locked() == 0, 5, "all is let go")
+        assert hold.nbytes == 0
+
+
+def test_what_the_server_has_in_huge_pages_is_locked_as_it_is(file: Path, pages: Pages, server: Server) -> None:
+    assert huge_chunks(pages, server, {2, 4}) == {2, 4}
+    server.touch(3)
+    table = PageTable(server.child.pid)
+    chunks = [Chunk(0, n, CHUNK, n, n) for n in (2, 3, 4)]
+    strategy = {"pin": True, "stream": False, "evict": True}
+    work = Work([pages], table, chunks, strategy, "huge", 0, 1, lambda _: None)
+    work.divide(3 * CHUNK, -1)
+    wait_until(lambda: not work.pinning, 5, "all is pinned")
+    assert work.pinned_bytes == 3 * CHUNK
+    assert list(work.pinned) == [(0, 2), (0, 4), (0, 3)]  # before it is driven out by what has to be read
+    assert pages.mapped_huge(table) == {2, 4}, "the server has not touched them since, and has them as before"
+    assert not table.mapped(server.address(3)), "what was in small pages was read anew"
+    work.release()
     table.close()
 
 

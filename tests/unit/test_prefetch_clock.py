@@ -174,6 +174,34 @@ def test_the_page_table_says_what_is_mapped() -> None:
     table.close()
 
 
+def test_the_page_table_says_what_is_mapped_by_huge_pages() -> None:
+    import ctypes
+
+    huge, chunks = 2 << 20, 600  # every other one: more regions than one call returns
+    table = PageTable(os.getpid())
+    with mmap.mmap(-1, (chunks + 2) * huge, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        first = -(-begin // huge) * huge
+        for n in range(0, chunks, 2):
+            at = first + n * huge - begin
+            memory.madvise(mmap.MADV_HUGEPAGE, at // PAGE * PAGE, huge)
+            memory[at] = 1
+        memory[first + huge - begin] = 1  # in a small page
+        try:
+            found = table.huge(first, first + chunks * huge)
+        except OSError as error:
+            pytest.skip(f"no PAGEMAP_SCAN in this kernel: {error}")
+        if not found:
+            pytest.skip("no huge pages to be had here")
+        places = {(low - first) // huge for low, _ in found}
+        assert all(low % huge == 0 and high - low == huge for low, high in found)
+        assert places <= set(range(0, chunks, 2))
+        assert table.huge(first + huge, first + 2 * huge) == []
+        if len(found) < chunks // 2:
+            pytest.skip(f"only {len(found)} of {chunks // 2} huge pages to be had")
+    table.close()
+
+
 def test_a_process_that_is_gone() -> None:
     with pytest.raises(OSError, match="No such file"):
         PageTable(4_194_305)

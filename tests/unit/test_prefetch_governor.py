@@ -210,3 +210,52 @@ def test_tokens_that_vary_are_watched_and_compared_for_longer() -> None:
     for i in range(16, 200):
         governor.token(400 if i < 30 else 90, 1, 0, float(i))  # a few slow ones at first are no reason to give up
     assert governor.state == ENGAGED
+
+
+def held(read_through_ms: float) -> Governor:
+    governor = Governor(MODEL, held=True)
+    assert governor.state == ENGAGED
+    governor.read_through_ns = read_through_ms * MS
+    return governor
+
+
+def test_huge_pages_are_not_given_up_for_a_comparison_where_there_is_no_doubt() -> None:
+    governor = held(800)
+    assert "huge pages" in governor.why
+    assert feed(governor, 200, 300) == [False] * 200
+    assert governor.state == ENGAGED
+    assert governor.compared() == ([], [300 * MS] * 64)
+
+
+def test_where_it_is_not_clearly_faster_it_compares_after_all() -> None:
+    governor = held(800)
+    changes = feed(governor, SETTLE + ENOUGH, 790)  # more than 97 %
+    assert changes == [*[False] * (SETTLE + ENOUGH - 1), True]
+    assert governor.state == WATCHING
+    assert feed(governor, 3, 1000, READS) == [False, False, True]
+    assert governor.state == ENGAGED
+    assert feed(governor, 100, 790) == [False] * 100  # slower than the disk, and faster than without: no doubt again
+    assert governor.compared()[0] == [1000 * MS] * 3
+
+
+def test_what_is_in_doubt_and_does_not_help_is_left_alone() -> None:
+    governor = held(800)
+    feed(governor, SETTLE + ENOUGH, 1000)
+    feed(governor, 3, 900, READS)
+    assert governor.state == ENGAGED
+    feed(governor, SETTLE + ENOUGH, 1000)
+    assert governor.state == BACKED_OFF
+    assert "1000 ms with it and 900 ms without it" in governor.why
+
+
+def test_there_is_no_doubt_while_the_disk_is_not_known() -> None:
+    governor = Governor(MODEL, held=True)
+    assert feed(governor, 100, 5000) == [False] * 100
+    assert governor.state == ENGAGED
+
+
+def test_who_never_wants_to_compare_is_not_compared_in_doubt_either() -> None:
+    governor = Governor(MODEL, 0, held=True)
+    governor.read_through_ns = 1.0
+    assert feed(governor, 100, 5000) == [False] * 100
+    assert "as asked" in governor.why
