@@ -9,6 +9,7 @@ after. Then each token reads what does not fit and no byte more: bytes per token
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Collection
 
 __all__ = [
     "ABSENT",
@@ -76,7 +77,9 @@ def lay_out(entries: list[tuple[int, int, int, int]], sizes: list[int], chunk: i
     return sorted(found.values(), key=lambda c: (c.first, c.last, c.file, c.number))
 
 
-def divide(chunks: list[Chunk], budget: int, window: int) -> tuple[list[Chunk], list[Chunk]]:
+def divide(
+    chunks: list[Chunk], budget: int, window: int, before: Collection[Chunk] = ()
+) -> tuple[list[Chunk], list[Chunk]]:
     """Return which chunks to pin and which to stream, both in the order of use.
 
     Chunks that a token uses more than once, and those of tensors that are larger than the window, are pinned first: it
@@ -87,6 +90,8 @@ def divide(chunks: list[Chunk], budget: int, window: int) -> tuple[list[Chunk], 
         chunks: in order of use.
         budget: bytes of memory for them, the window included.
         window: bytes of memory for what is streamed.
+        before: what has been streamed so far. As much of the division as can be stays as it was, and only the
+            difference is spread evenly: what changes sides has to be read, or given back.
     """
     total = sum(c.nbytes for c in chunks)
     if total <= budget:
@@ -106,24 +111,41 @@ def divide(chunks: list[Chunk], budget: int, window: int) -> tuple[list[Chunk], 
         nbytes += chunks[i].nbytes
         most = max(most, n)
     able = [i for i, n in enumerate(weight) if n <= most]
-    streamed: set[int] = set()
-    share, due, taken = wanted / sum(chunks[i].nbytes for i in able), 0.0, 0
+    before = set(before)
+    streamed = [i for i in able if chunks[i] in before]
+    if (missing := wanted - sum(chunks[i].nbytes for i in streamed)) > 0:
+        kept = set(streamed)
+        streamed += _spread(chunks, [i for i in able if i not in kept], missing)
+    else:
+        gone = set(_spread(chunks, streamed, -missing, at_most=True))
+        streamed = [i for i in streamed if i not in gone]
+    taken = set(streamed)
+    return (
+        [c for i, c in enumerate(chunks) if i not in taken],
+        [c for i, c in enumerate(chunks) if i in taken],
+    )
+
+
+def _spread(chunks: list[Chunk], able: list[int], wanted: int, *, at_most: bool = False) -> list[int]:
+    """Return every n-th of some chunks: ``wanted`` bytes or, unless ``at_most``, up to a chunk more."""
+    found: list[int] = []
+    share, due, taken = wanted / max(sum(chunks[i].nbytes for i in able), 1), 0.0, 0
+
+    def fits(i: int) -> bool:
+        return taken + chunks[i].nbytes <= wanted if at_most else taken < wanted
+
     for i in able:
         due += chunks[i].nbytes * share
-        if due >= chunks[i].nbytes / 2 and taken < wanted:
-            streamed.add(i)
+        if due >= chunks[i].nbytes / 2 and fits(i):
+            found.append(i)
             due -= chunks[i].nbytes
             taken += chunks[i].nbytes
+    chosen = set(found)
     for i in reversed(able):  # what rounding has left out
-        if taken >= wanted:
-            break
-        if i not in streamed:
-            streamed.add(i)
+        if i not in chosen and fits(i):
+            found.append(i)
             taken += chunks[i].nbytes
-    return (
-        [c for i, c in enumerate(chunks) if i not in streamed],
-        [c for i, c in enumerate(chunks) if i in streamed],
-    )
+    return found
 
 
 def window_for(total: int, budget: int) -> int:

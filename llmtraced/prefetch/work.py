@@ -81,13 +81,14 @@ class Work:
 
     def divide(self, budget: int, step: int) -> None:
         """Pin and stream so that ``budget`` bytes are enough, from now on, with the server at ``step``."""
+        before = self.stream.chunks if self.stream is not None else []
         self._end_stream()
         self._end_pinning()
         self.window = self.fixed_window or window_for(sum(c.nbytes for c in self.chunks), budget)
         pin: list[Chunk] = []
         stream = list(self.chunks)
         if self.strategy["pin"]:
-            pin, stream = divide(self.chunks, budget, self.window if self.strategy["stream"] else 0)
+            pin, stream = divide(self.chunks, budget, self.window if self.strategy["stream"] else 0, before)
             keep = {(c.file, c.number) for c in pin}
             for key in [key for key in self.pinned if key not in keep]:
                 chunk = self.pinned.pop(key)

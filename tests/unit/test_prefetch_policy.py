@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -120,6 +121,36 @@ def test_what_is_held_for_long_is_pinned_first() -> None:
         assert stream
     for budget in (0, C // 4):  # not even one fits
         assert 99 in numbers(divide(chunks, budget, 0)[1])
+
+
+def test_a_budget_that_changes_costs_the_difference_only() -> None:
+    chunks = flat(100)
+    _, first = divide(chunks, 80 * C, 0)
+    _, less = divide(chunks, 76 * C, 0, first)
+    assert set(first) < set(less)
+    assert len(less) == 24
+    new = numbers(sorted(set(less) - set(first), key=lambda c: c.number))
+    assert min(b - a for a, b in pairwise(new)) >= 15  # every layer gives up as much
+    _, more = divide(chunks, 90 * C, 0, less)
+    assert set(more) < set(less)
+    assert len(more) == 10
+    kept = numbers(more)
+    assert max(b - a for a, b in pairwise(kept)) <= 16
+    assert divide(chunks, 90 * C, 0, more)[1] == more
+    assert divide(chunks, 100 * C, 0, more) == (chunks, [])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 60), st.integers(0, 60 * C), st.integers(0, 60 * C), st.integers(0, 10 * C))
+def test_no_more_changes_sides_than_has_to(count: int, budget: int, later: int, window: int) -> None:
+    chunks = flat(count)
+    _, first = divide(chunks, budget, window)
+    pin, stream = divide(chunks, later, window, first)
+    assert sorted(numbers([*pin, *stream])) == list(range(count))
+    assert set(first) <= set(stream) or set(stream) <= set(first)
+    if count * C > later:
+        pinned = sum(c.nbytes for c in pin)
+        assert max(later - window, 0) - 1.5 * C <= pinned <= max(later - window, 0) + C / 2
 
 
 def test_nothing_fits() -> None:
