@@ -90,8 +90,9 @@ def divide(
         chunks: in order of use.
         budget: bytes of memory for them, the window included.
         window: bytes of memory for what is streamed.
-        before: what has been streamed so far. As much of the division as can be stays as it was, and only the
-            difference is spread evenly: what changes sides has to be read, or given back.
+        before: what has been streamed so far. Where it can be, only the difference changes sides, since that has to
+            be read or given back; and what is streamed in addition has no neighbour that is, for which the kernel would
+            read ahead (pages.py). Where there are not enough of those all is spread anew.
     """
     total = sum(c.nbytes for c in chunks)
     if total <= budget:
@@ -111,14 +112,16 @@ def divide(
         nbytes += chunks[i].nbytes
         most = max(most, n)
     able = [i for i, n in enumerate(weight) if n <= most]
-    before = set(before)
-    streamed = [i for i in able if chunks[i] in before]
-    if (missing := wanted - sum(chunks[i].nbytes for i in streamed)) > 0:
-        kept = set(streamed)
-        streamed += _spread(chunks, [i for i in able if i not in kept], missing)
-    else:
+    known = set(before)
+    streamed = [i for i in able if chunks[i] in known]
+    if (missing := wanted - sum(chunks[i].nbytes for i in streamed)) <= 0:
         gone = set(_spread(chunks, streamed, -missing, at_most=True))
         streamed = [i for i in streamed if i not in gone]
+    else:
+        near = {(chunks[i].file, chunks[i].number + n) for i in streamed for n in (-1, 0, 1)}
+        alone = [i for i in able if (chunks[i].file, chunks[i].number) not in near]
+        enough = streamed and sum(chunks[i].nbytes for i in alone) >= 2 * missing
+        streamed = streamed + _spread(chunks, alone, missing) if enough else _spread(chunks, able, wanted)
     taken = set(streamed)
     return (
         [c for i, c in enumerate(chunks) if i not in taken],
