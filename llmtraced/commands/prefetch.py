@@ -57,7 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--path", choices=WAYS, default="", help="how to read (default: what a calibration finds best)")
     parser.add_argument(
-        "--trial", metavar="N", type=int, default=3, help="tokens to watch first; 0: work at once, never compare (3)"
+        "--trial",
+        metavar="N",
+        type=int,
+        default=3,
+        help="tokens to watch first (3); none of a server that has huge pages to lose; 0: work at once, never compare",
     )
     parser.add_argument(
         "--clock",
