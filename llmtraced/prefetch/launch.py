@@ -7,7 +7,6 @@ which keeps the process id and the open descriptors and none of the memory.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -27,9 +26,8 @@ from llmtraced.prefetch import plan as plans
 from llmtraced.prefetch import unit
 from llmtraced.prefetch.clock import BEGIN, TickRing
 from llmtraced.prefetch.guesses import DEFAULT
-from llmtraced.prefetch.hold import Hold
+from llmtraced.prefetch.hold import let_go
 from llmtraced.prefetch.iouring import MadviseRing
-from llmtraced.prefetch.memory import Memory
 from llmtraced.prefetch.plan import Plan
 from llmtraced.prefetch.policy import CHUNK, slack_for
 from llmtraced.prefetch.routing import mixture
@@ -150,7 +148,10 @@ def run(pid: int, options: Options) -> None:
     if merged and experts is None:
         log.warning(_LEFT)
     config = configuration(target, label, opened, learned, unbacked, ticks, marks, options)
-    config["held"] = bool(hold and hold.nbytes and ticks is not None)
+    config["hold"] = None
+    if hold is not None and ticks is not None:
+        config["hold"] = hold
+        config["keep"] += hold.values()
     config["mixture"], config["predict"] = experts, list(options.predict)
     if experts is not None and experts["code"] is not None:
         config["keep"].append(experts["code"])
@@ -169,20 +170,29 @@ def _opened(model: Model, files: list[ModelFile]) -> list[dict[str, Any]]:
     ]
 
 
-def _hold(target: Target, opened: list[dict[str, Any]], plan: Plan, options: Options) -> Hold | None:
-    """Keep what would be lost until the sidecar works; None: this strategy keeps nothing, or nothing would be."""
-    if not (STRATEGIES[options.strategy]["pin"] and STRATEGIES[options.strategy]["stream"]):
+def _hold(target: Target, opened: list[dict[str, Any]], plan: Plan, options: Options) -> dict[str, int] | None:
+    """Have kept what would be lost until the sidecar works; None: this strategy keeps nothing, or nothing would be."""
+    strategy = STRATEGIES[options.strategy]
+    if not (strategy["pin"] and strategy["stream"] and options.join):
         return None
     group = cgroup_of(target.pid)
-    memory = Memory(str(group.path) if group else "", group.version if group else 2)
-    entries = [(e.step, e.shard, e.offset_bytes, e.size_bytes) for e in plan.entries if e.whole]
     pidfd = os.pidfd_open(target.pid)
-    hold = Hold(target.pid, pidfd, opened, entries, memory, _slack(options, group), options.budget)
-    if hold.nbytes:
-        log.info("keeping %d MB of the model as the server has them, in huge pages", hold.nbytes >> 20)
-        return hold
-    hold.close()
+    config = {
+        "pid": target.pid,
+        "pidfd": pidfd,
+        "files": opened,
+        "entries": [[e.step, e.shard, e.offset_bytes, e.size_bytes] for e in plan.entries if e.whole],
+        "procs": str(group.path / "cgroup.procs") if group else "",
+        "cgroup": {"folder": str(group.path) if group else "", "version": group.version if group else 2},
+        "slack": _slack(options, group),
+        "budget": options.budget,
+    }
+    nbytes, hold = unit.hold(config, [pidfd, *(f["fd"] for f in opened)])
     os.close(pidfd)
+    if nbytes:
+        log.info("keeping %d MB of the model as the server has them, in huge pages", nbytes >> 20)
+        return hold
+    let_go(**hold)
     return None
 
 
@@ -457,9 +467,7 @@ def _metrics_file(pid: int, wanted: str | None) -> str | None:
 
 def become(config: Mapping[str, Any], target: Target, options: Options) -> None:
     """Join the server's cgroup and turn into the bare sidecar; or leave that to the next steps of a unit."""
-    fd = os.memfd_create("llmtraced-sidecar", 0)
-    os.write(fd, json.dumps(config).encode())
-    os.lseek(fd, 0, os.SEEK_SET)
+    fd = unit.memory_file(config)
     inherited = [config["pidfd"], *(f["fd"] for f in config["files"]), *config["keep"]]
     if options.hand_over:
         unit.hand_over(fd, inherited)

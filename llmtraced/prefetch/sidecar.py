@@ -19,6 +19,7 @@ from typing import Any
 from llmtraced.prefetch import governor as states
 from llmtraced.prefetch.clock import BEGIN, END, PageTable, TickRing, decoded, next_step
 from llmtraced.prefetch.governor import Governor
+from llmtraced.prefetch.hold import let_go
 from llmtraced.prefetch.memory import Memory, anonymous_bytes
 from llmtraced.prefetch.mixture import Mixture
 from llmtraced.prefetch.pages import Pages
@@ -61,7 +62,8 @@ class Sidecar:
         self.slack: int = config["slack"]
         told = config["mixture"]
         chosen = sum(told["n_used"] * sum(n for *_, n in layer["slices"]) for layer in told["layers"]) if told else 0
-        varied, held = told is not None, config["held"]
+        self._hold: dict[str, int] | None = config["hold"]
+        varied, held = told is not None, self._hold is not None
         self.governor = Governor(self.total + chosen, config["trial"], varied=varied, held=held)
         self.strategy: dict[str, Any] = config["strategy"]
         self.marks: list[list[int]] = config["marks"]  # steps at which each mark's weight is used
@@ -230,7 +232,7 @@ class Sidecar:
     def engage(self) -> None:
         """Take over the model's pages."""
         self.turn.leave()
-        path = self.strategy["path"] or ("huge" if self.config["held"] else "")
+        path = self.strategy["path"] or ("huge" if self.config["hold"] else "")
         if not path:
             path, self.speeds = calibrate(self.pages, self.chunks, self.config["depth"] or 8)
             figures = (
@@ -238,15 +240,20 @@ class Sidecar:
                 for p, v in self.speeds.items()
             )
             _say(f"reading by {path}{''.join(figures)}")
-        self.work = Work(
-            self.pages, self.table, self.chunks, self.strategy, path, self.config["window"], self.config["depth"], _say
-        )
+        window, depth = self.config["window"], self.config["depth"]
+        self.work = Work(self.pages, self.table, self.chunks, self.strategy, path, window, depth, _say, self._end_hold)
         if self.config["mixture"] and self.ring is not None and self.strategy["experts"]:
             self.mixture = Mixture(self.pid, self.pages, self.config["mixture"], self.config["predict"], _say)
         self.memory.struck()
         self._engaged, self._strikes, self.slack = time.monotonic(), 0, self.config["slack"]
         self.budget = self._room()
         self._divide()
+
+    def _end_hold(self) -> None:
+        """Take over from who has kept the server's huge pages until now."""
+        if self._hold is not None:
+            let_go(**self._hold)
+            self._hold = None
 
     def _guard(self) -> None:
         """Give pins up at once where memory is about to run out: the server has touched more of its own."""
@@ -285,6 +292,7 @@ class Sidecar:
         experts = self.mixture.total if self.mixture is not None else 0
         enough = self.budget >= self.total + experts + self.slack and (experts or not self.config["partial"])
         if self.strategy["pin"] and enough and self.governor.fits():
+            self._end_hold()
             self._obey()
             return
         self.work.divide(self.budget, self._step)

@@ -17,16 +17,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from llmtraced.cgroup import cgroup_of
 from llmtraced.errors import USAGE, LlmtracedError, printable
 from llmtraced.service import store, stored
 from llmtraced.target import scan
 
-__all__ = ["execute", "hand_over", "is_sidecar", "join", "server_of", "take_over"]
+__all__ = ["execute", "hand_over", "hold", "is_sidecar", "join", "memory_file", "server_of", "take_over"]
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +38,15 @@ _LOOK_SECONDS: Final = 0.5
 _TELL_SECONDS: Final = 30.0
 
 _CODE: Final = (
-    "import sys; sys.path[:0] = sys.argv[2:]; from llmtraced.prefetch.sidecar import main; "
+    "import sys; sys.path[:0] = sys.argv[2:]; from llmtraced.prefetch.{} import main; "
     "raise SystemExit(main(int(sys.argv[1])))"
 )
+_SIDECAR, _HOLD = _CODE.format("sidecar"), _CODE.format("hold")
 
 
 def is_sidecar(command: Sequence[str]) -> bool:
     """Tell whether a process's arguments are those of a sidecar: it has a model mapped, but is no server."""
-    return _CODE in command
+    return _SIDECAR in command or _HOLD in command
 
 
 def server_of(unit: str) -> int:
@@ -137,10 +138,43 @@ def take_over() -> NoReturn:
 
 def execute(config_fd: int) -> NoReturn:
     """Turn into the bare sidecar, with everything that is inheritable."""
-    folder = str(Path(__file__).resolve().parents[2])
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-S", "-E", "-c", _CODE, str(config_fd), folder])  # noqa: S606
+    os.execv(sys.executable, _command(_SIDECAR, config_fd))  # noqa: S606
+
+
+def hold(config: Mapping[str, Any], descriptors: Sequence[int]) -> tuple[int, dict[str, int]]:
+    """Start what keeps a server's huge pages (prefetch/hold.py).
+
+    Args:
+        config: what it is told.
+        descriptors: that it names.
+
+    Returns:
+        How many bytes it keeps, and what :func:`llmtraced.prefetch.hold.let_go` takes; it ends with this process, too.
+    """
+    fd = memory_file(config)
+    ours, theirs = os.pipe2(os.O_CLOEXEC)
+    keep = [fd, *descriptors]
+    child = subprocess.Popen(_command(_HOLD, fd), stdin=ours, stdout=subprocess.PIPE, pass_fds=keep)
+    os.close(ours)
+    os.close(fd)
+    assert child.stdout is not None
+    with child.stdout:
+        told = child.stdout.readline().strip()
+    return int(told) if told.isdigit() else 0, {"pipe": theirs, "pidfd": os.pidfd_open(child.pid)}
+
+
+def memory_file(config: Mapping[str, Any]) -> int:
+    """Return a descriptor of a file in memory, at whose beginning the configuration stands."""
+    fd = os.memfd_create("llmtraced-sidecar", 0)
+    os.write(fd, json.dumps(config).encode())
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _command(code: str, fd: int) -> list[str]:
+    return [sys.executable, "-S", "-E", "-c", code, str(fd), str(Path(__file__).resolve().parents[2])]
 
 
 def join(server: int, process: int) -> None:

@@ -31,6 +31,7 @@ class Work:
         window: bytes of memory for the stream; 0: what is good for the budget.
         depth: chunks that are read at the same time; 0: half the window, 8 to 16.
         say: where to tell what is done.
+        kept: called, with each division, as soon as what is there to be pinned is.
 
     Attributes:
         pinned: chunks that are locked.
@@ -49,10 +50,11 @@ class Work:
         window: int,
         depth: int,
         say: Callable[[str], None],
+        kept: Callable[[], None] = lambda: None,
     ) -> None:
         self.pages, self.table, self.chunks = pages, table, chunks
         self.strategy, self.path = strategy, path
-        self.fixed_window, self.window, self.depth, self.say = window, window, depth, say
+        self.fixed_window, self.window, self.depth, self.say, self.kept = window, window, depth, say, kept
         self.pinned: dict[tuple[int, int], Chunk] = {}
         self.stream: Stream | None = None
         self.totals = dict.fromkeys(("used", "late", "missed", "wasted", "ahead_ns", "failed", "read_bytes"), 0)
@@ -95,6 +97,7 @@ class Work:
                 self.pages[chunk.file].unpin(chunk.number)
                 self._give_back(chunk)
             todo = self._pin_huge([c for c in pin if (c.file, c.number) not in self.pinned])
+            self.kept()
             self._pinner = threading.Thread(target=self._pin, args=(todo,), daemon=True)
         if self.strategy["stream"] and stream:
             if self.strategy["evict"]:

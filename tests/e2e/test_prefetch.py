@@ -202,6 +202,38 @@ def test_huge_pages_of_a_server_that_has_just_started_are_kept(start: Callable[.
         assert mapped_huge(server) < kept // 4, "without it they go"
 
 
+GROW = """
+import time
+grown = []
+for _ in range(60):
+    grown.append(bytearray(b"x") * (2 << 20))
+    time.sleep(0.02)
+print("grown", flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_is_kept_goes_at_once_when_the_memory_is_needed(start: Callable[..., Any], tmp_path: Path) -> None:
+    with start(None, "needed-") as (server, group):
+        group.set_limit(LIMIT)
+        if mapped_huge(server) < SIZE // 3:
+            pytest.skip("too little of the model is mapped by huge pages here")
+        with Sidecar(server.pid, tmp_path) as sidecar:
+            wait_until(lambda: "waiting for process" in sidecar.said(), 60, "the clock runs")
+            assert locked(group) > SIZE // 4
+            with subprocess.Popen([sys.executable, "-S", "-c", GROW], stdout=subprocess.PIPE, text=True) as other:
+                try:
+                    group.add(other.pid)
+                    assert other.stdout is not None
+                    assert other.stdout.readline() == "grown\n"
+                    assert locked(group) < HARDLY
+                finally:
+                    other.kill()
+            assert not sidecar.bare()  # it waits for a token, as before
+            assert server.completion(PROMPT, TOKENS)["content"]
+            sidecar.end()
+
+
 def test_off_changes_nothing(
     pressed: tuple[Server, MemoryCgroup], expected: str, unaided: float, tmp_path: Path
 ) -> None:

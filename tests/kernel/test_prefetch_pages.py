@@ -7,19 +7,22 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import select
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import need, wait_until
 
 from llmtraced.bench.pressure import drop_cache
 from llmtraced.prefetch import pages as calls
+from llmtraced.prefetch import unit
 from llmtraced.prefetch.clock import PageTable
-from llmtraced.prefetch.hold import Hold
+from llmtraced.prefetch.hold import Hold, let_go
 from llmtraced.prefetch.pages import CHUNK, PATHS, Pages
 from llmtraced.prefetch.policy import Chunk
 from llmtraced.prefetch.readers import Threads, Uring
@@ -335,15 +338,14 @@ def locked() -> int:
 @contextlib.contextmanager
 def holding(file: Path, server: Server, bound: Bound, budget: int | None = None) -> Iterator[Hold]:
     fd = os.open(file, os.O_RDONLY)
+    mine = Pages(fd, server.pidfd, server.maps)
     entries = [(0, 0, 0, file.stat().st_size)]
-    files = [{"fd": fd, "maps": server.maps}]
-    hold = Hold(server.child.pid, server.pidfd, files, entries, bound, 4096, budget)  # type: ignore[arg-type]
     try:
-        yield hold
+        yield Hold(server.child.pid, [mine], entries, bound, 4096, budget)  # type: ignore[arg-type]
     finally:
-        hold.close()
+        mine.close()
         os.close(fd)
-    assert hold.nbytes == locked() == 0
+    assert locked() == 0
 
 
 @pytest.mark.usefixtures("small_windows")
@@ -377,16 +379,89 @@ def test_nothing_is_held_where_nothing_would_be_lost(file: Path, pages: Pages, s
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_what_is_held_is_let_go_when_the_server_needs_the_memory(file: Path, pages: Pages, server: Server) -> None:
+def test_what_is_held_is_affordable_while_a_window_is_left(file: Path, pages: Pages, server: Server) -> None:
     assert huge_chunks(pages, server, {1, 2, 4, 5}) == {1, 2, 4, 5}
     bound = Bound(5 * CHUNK)
     with holding(file, server, bound) as hold:
         assert hold.nbytes == 2 * CHUNK
-        time.sleep(0.05)
-        assert hold.nbytes == 2 * CHUNK
-        bound.left = CHUNK  # a window and the slack are more
-        wait_until(lambda: locked() == 0, 5, "all is let go")
-        assert hold.nbytes == 0
+        bound.left = CHUNK + 4096
+        assert hold.affordable()
+        bound.left -= 1
+        assert not hold.affordable()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("large") / "large.bin"
+    path.write_bytes(random.Random(2).randbytes(36 * CHUNK))
+    return path
+
+
+@pytest.fixture
+def loaded(large: Path) -> Iterator[tuple[Server, Pages, dict[str, Any], list[int]]]:
+    """A server with 14 of 36 chunks in huge pages, and what tells to hold the 11 that a byte less leaves room for."""
+    assert drop_cache(large) == 0
+    server = Server(large)
+    fd = os.open(large, os.O_RDONLY)
+    pages = Pages(fd, server.pidfd, server.maps)
+    assert huge_chunks(pages, server, set(range(1, 15))) == set(range(1, 15))
+    config = {
+        "pid": server.child.pid,
+        "pidfd": server.pidfd,
+        "files": [{"fd": fd, "maps": server.maps}],
+        "entries": [[0, 0, 0, pages.size]],
+        "procs": "",
+        "cgroup": {"folder": "", "version": 2},
+        "slack": 4096,
+        "budget": pages.size - 1,
+    }
+    yield server, pages, config, [server.pidfd, fd]
+    pages.close()
+    os.close(fd)
+    server.end()
+
+
+def test_a_process_holds_until_it_is_told_to_let_go(
+    loaded: tuple[Server, Pages, dict[str, Any], list[int]],
+) -> None:
+    _, pages, config, fds = loaded
+    nbytes, process = unit.hold(config, fds)
+    assert nbytes == 11 * CHUNK
+    pages.give_back(1)
+    pages.drop(1)
+    assert pages.resident(1) == CHUNK
+    given_back(pages, 12)
+    let_go(**process)
+    given_back(pages, 1)
+
+
+@pytest.mark.parametrize("how", ["pipe", "server"])
+def test_who_holds_ends_with_its_launcher_and_with_the_server(
+    how: str, loaded: tuple[Server, Pages, dict[str, Any], list[int]]
+) -> None:
+    server, _, config, fds = loaded
+    nbytes, process = unit.hold(config, fds)
+    assert nbytes == 11 * CHUNK
+    if how == "pipe":
+        os.close(process["pipe"])
+    else:
+        server.child.kill()
+        server.child.wait()
+    gone = select.poll()
+    gone.register(process["pidfd"], select.POLLIN)
+    assert gone.poll(5000)
+    os.waitid(os.P_PIDFD, process["pidfd"], os.WEXITED)
+    os.close(process["pidfd"])
+
+
+@pytest.mark.parametrize("wrong", [{"procs": "/nowhere/cgroup.procs"}, {"budget": 24 * CHUNK}, {"pid": 4_194_304}])
+def test_where_nothing_can_be_held_that_is_told(
+    wrong: dict[str, Any], loaded: tuple[Server, Pages, dict[str, Any], list[int]]
+) -> None:
+    _, _, config, fds = loaded
+    nbytes, process = unit.hold(config | wrong, fds)
+    assert nbytes == 0
+    let_go(**process)
 
 
 def test_what_the_server_has_in_huge_pages_is_locked_as_it_is(file: Path, pages: Pages, server: Server) -> None:
