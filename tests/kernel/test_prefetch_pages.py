@@ -427,6 +427,10 @@ def test_a_process_holds_until_it_is_told_to_let_go(
     _, pages, config, fds = loaded
     nbytes, process = unit.hold(config, fds)
     assert nbytes == 11 * CHUNK
+    (child,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[-1:]
+    command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+    assert unit.is_sidecar(command), "it has the model mapped, and is no server to the daemon"
+    assert int(Path(f"/proc/{child}/oom_score_adj").read_text()) == 1000
     pages.give_back(1)
     pages.drop(1)
     assert pages.resident(1) == CHUNK
