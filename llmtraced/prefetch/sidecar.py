@@ -32,7 +32,8 @@ from llmtraced.service import Watchdog, notify
 __all__ = ["Sidecar", "main"]
 
 _CHECK_SECONDS = 0.25  # between looks at the memory
-_GUARD_SECONDS, _GUARD_DECODING_SECONDS = 0.005, 0.025  # between looks at what is left of it, while the server computes
+_GUARD_SECONDS = 0.025  # between looks at what is left of it, while the server computes
+_PROMPT_SECONDS, _GROWN = 0.01, 1 << 20  # and at once when a prompt has it touch so much memory of its own
 _GROW_SECONDS = 2.0  # so long must memory be free before more is pinned
 _STRIKES = 4  # checks in a row in which a limit was run into
 _PRESSURE, _PRESSURE_SECONDS = 0.2, 15.0  # share of time in which all waited for memory; time for that to be ours
@@ -58,7 +59,7 @@ class Sidecar:
         entries = [tuple(e) for e in config["entries"]]
         self.chunks = lay_out(entries, [p.size for p in self.pages], CHUNK)
         self.total = sum(c.nbytes for c in self.chunks)
-        self.memory = Memory(config["cgroup"]["folder"], config["cgroup"]["version"])
+        self.memory = Memory(config["cgroup"]["folder"], config["cgroup"]["version"], self.pid)
         self.slack: int = config["slack"]
         told = config["mixture"]
         chosen = sum(told["n_used"] * sum(n for *_, n in layer["slices"]) for layer in told["layers"]) if told else 0
@@ -86,7 +87,7 @@ class Sidecar:
         self._step, self._begun, self._batch = IDLE, 0, 1
         self._server_read = self._read_bytes()
         self._checked = self._guarded = self._grow_since = self._written = self._engaged = 0.0
-        self._strikes = self._relieved = 0
+        self._strikes = self._relieved = self._touched = 0
         self._started = time.monotonic()
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -221,11 +222,9 @@ class Sidecar:
         stream = self.work.stream if self.work else None
         if self._begun and stream is not None and stream.crowded():
             return _POLL_SECONDS
-        return self._vigilance() if self._begun and self.work is not None else _CHECK_SECONDS
-
-    def _vigilance(self) -> float:
-        """Return how long to go without a look at the memory: a prompt touches megabytes of buffers, a token none."""
-        return _GUARD_DECODING_SECONDS if self._begun and self._batch else _GUARD_SECONDS
+        if not self._begun or self.work is None:
+            return _CHECK_SECONDS
+        return _GUARD_SECONDS if self._batch else _PROMPT_SECONDS
 
     # --- working ---------------------------------------------------------------------------------------------------
 
@@ -258,9 +257,15 @@ class Sidecar:
     def _guard(self) -> None:
         """Give pins up at once where memory is about to run out: the server has touched more of its own."""
         now = time.monotonic()
-        if self.work is None or not self.work.pinned or now - self._guarded < self._vigilance():
+        if self.work is None or not self.work.pinned:
             return
-        self._guarded = now
+        soon = now - self._guarded < _GUARD_SECONDS
+        if soon and self._batch:
+            return
+        anonymous = self.memory.anonymous_of_server()
+        if soon and anonymous - self._touched < _GROWN:
+            return
+        self._guarded, self._touched = now, anonymous
         window = self.work.window if self.work.stream is not None else 0
         short = self.memory.short(window + self.slack)
         if short > self.slack // 2:

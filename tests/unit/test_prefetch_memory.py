@@ -40,7 +40,7 @@ def strike(folder: Path, version: int, hits: int) -> None:
 
 
 def memory(folder: Path | str, version: int, machine: Path) -> Memory:
-    return Memory(str(folder), version, str(machine))
+    return Memory(str(folder), version, 17, str(machine))
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -182,3 +182,13 @@ def test_anonymous_memory(tmp_path: Path) -> None:
     assert anonymous_bytes(str(status)) == 7312 * 1024
     status.write_text("Name: kthreadd\n")
     assert anonymous_bytes(str(status)) == 0
+
+
+def test_what_the_server_has_of_its_own(machine: Path) -> None:
+    memory = Memory("", 2, 17, str(machine))
+    assert memory.anonymous_of_server() == 0  # it has ended
+    (machine / "17").mkdir()
+    (machine / "17" / "statm").write_text("900 500 420 1 0 80 0\n")
+    assert memory.anonymous_of_server() == 80 * 4096
+    (machine / "17" / "statm").write_text("")
+    assert memory.anonymous_of_server() == 0
