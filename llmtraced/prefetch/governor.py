@@ -1,7 +1,8 @@
 """When to work and when to stand aside: decided by what tokens take. Pure, standard library only.
 
-The sidecar must never make a server slower. So it watches some tokens before it does anything; if they read nothing
-the model fits, and nothing is done. Else it engages, and compares the tokens with those from before.
+The sidecar must never make a server slower. So it watches some tokens before it does anything, unless the server would
+lose its huge pages meanwhile; if they read nothing the model fits, and nothing is done. Else it engages, and compares
+the tokens with those from before.
 """
 
 from __future__ import annotations

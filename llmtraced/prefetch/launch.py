@@ -125,7 +125,9 @@ def run(pid: int, options: Options) -> None:
     _tell_of_others(target, label)
     merged = {tensor.name for tensor in model.tensors if tensor.n_experts}
     opened = _opened(model, files)
-    hold = None if merged else _hold(target, opened, given or plans.from_tensors(label, model), options)
+    held, hold = 0, None
+    if not merged:
+        held, hold = _hold(target, opened, given or plans.from_tensors(label, model), options)
     ticks = _open_clock(target, options.clock, _width(model), matrices=not merged)
     marks: list[list[int]] = []
     unbacked: set[str] = set()
@@ -148,9 +150,9 @@ def run(pid: int, options: Options) -> None:
     if merged and experts is None:
         log.warning(_LEFT)
     config = configuration(target, label, opened, learned, unbacked, ticks, marks, options)
-    config["hold"] = None
+    config["hold"], config["held"] = None, 0
     if hold is not None and ticks is not None:
-        config["hold"] = hold
+        config["hold"], config["held"] = hold, held
         config["keep"] += hold.values()
     config["mixture"], config["predict"] = experts, list(options.predict)
     if experts is not None and experts["code"] is not None:
@@ -170,11 +172,17 @@ def _opened(model: Model, files: list[ModelFile]) -> list[dict[str, Any]]:
     ]
 
 
-def _hold(target: Target, opened: list[dict[str, Any]], plan: Plan, options: Options) -> dict[str, int] | None:
-    """Have kept what would be lost until the sidecar works; None: this strategy keeps nothing, or nothing would be."""
+def _hold(
+    target: Target, opened: list[dict[str, Any]], plan: Plan, options: Options
+) -> tuple[int, dict[str, int] | None]:
+    """Have kept what would be lost until the sidecar works.
+
+    Returns:
+        How many bytes are, and what lets go of them; 0 and None: this strategy keeps nothing, or nothing would be lost.
+    """
     strategy = STRATEGIES[options.strategy]
     if not (strategy["pin"] and strategy["stream"] and options.join):
-        return None
+        return 0, None
     group = cgroup_of(target.pid)
     pidfd = os.pidfd_open(target.pid)
     config = {
@@ -191,9 +199,9 @@ def _hold(target: Target, opened: list[dict[str, Any]], plan: Plan, options: Opt
     os.close(pidfd)
     if nbytes:
         log.info("keeping %d MB of the model as the server has them, in huge pages", nbytes >> 20)
-        return hold
+        return nbytes, hold
     let_go(**hold)
-    return None
+    return 0, None
 
 
 def _slack(options: Options, group: Cgroup | None) -> int:

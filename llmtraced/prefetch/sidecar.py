@@ -64,6 +64,7 @@ class Sidecar:
         told = config["mixture"]
         chosen = sum(told["n_used"] * sum(n for *_, n in layer["slices"]) for layer in told["layers"]) if told else 0
         self._hold: dict[str, int] | None = config["hold"]
+        self._held: int = config["held"]  # bytes that are locked for us until we take over
         varied, held = told is not None, self._hold is not None
         self.governor = Governor(self.total + chosen, config["trial"], varied=varied, held=held)
         self.strategy: dict[str, Any] = config["strategy"]
@@ -252,7 +253,7 @@ class Sidecar:
         """Take over from who has kept the server's huge pages until now."""
         if self._hold is not None:
             let_go(**self._hold)
-            self._hold = None
+            self._hold, self._held = None, 0
 
     def _guard(self) -> None:
         """Give pins up at once where memory is about to run out: the server has touched more of its own."""
@@ -284,7 +285,7 @@ class Sidecar:
         assert self.work is not None
         # Usage and residency cannot be read at the same moment, and megabytes move between two readings.
         count = 3 if self.strategy["stream"] else 1
-        pinned = self.work.pinned_bytes
+        pinned = self.work.pinned_bytes + self._held
         small = self.mixture is not None  # pages: to count them would take too long
         looks = sorted(self.memory.room(None if small else self.work.resident(), pinned) for _ in range(count))
         room = max(looks[count // 2] - self.slack, 0)
