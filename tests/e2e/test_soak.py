@@ -39,6 +39,7 @@ def size_of(path: Path) -> int:
 
 def test_nothing_grows(small_model: Path, llama_server: Path, tmp_path: Path) -> None:
     program, metrics, over = build(tmp_path / "made-up-llama"), tmp_path / "sidecar.prom", threading.Event()
+    visit = threading.Lock()  # looked at when nobody visits: a session has descriptors of its own
     rows: list[dict[str, dict[str, int]]] = []
     with (
         Server(small_model, binary=llama_server, threads=1, ctx=256) as server,
@@ -51,11 +52,15 @@ def test_nothing_grows(small_model: Path, llama_server: Path, tmp_path: Path) ->
 
         def come_and_go() -> None:
             while not over.is_set():
-                with MadeUp(program, small_model) as visitor:
+                with visit, MadeUp(program, small_model) as visitor:
                     daemon.found(visitor.pid)
                     for _ in range(5):
                         visitor.do("t")
                         visitor.do("g")
+                time.sleep(0.02)  # for whoever waits to look
+
+        def alone() -> bool:
+            return len(daemon.said("begin")) == len(daemon.said("end")) + 1
 
         command = [sys.executable, "-m", "llmtraced", "prefetch", "--pid", str(server.pid), "--metrics", str(metrics)]
         threads = [threading.Thread(target=work) for work in (ask, come_and_go)]
@@ -69,13 +74,12 @@ def test_nothing_grows(small_model: Path, llama_server: Path, tmp_path: Path) ->
                 files = [p for p in (tmp_path / "trace").glob("**/*") if p.is_file()]
                 folder = {"bytes": sum(map(size_of, files)), "unfinished": sum(p.name.startswith(".") for p in files)}
                 assert daemon.total("llmtraced_detail") > 0
-                rows.append(
-                    {
-                        "daemon": measured(psutil.Process(daemon.process.pid)),
-                        "sidecar": measured(psutil.Process(sidecar.pid)),
-                        "trace": folder,
-                    }
-                )
+                with visit:
+                    wait_until(alone, 20, "only the server is traced")
+                    daemon_has = measured(psutil.Process(daemon.process.pid))
+                    rows.append(
+                        {"daemon": daemon_has, "sidecar": measured(psutil.Process(sidecar.pid)), "trace": folder}
+                    )
                 time.sleep(1)
         finally:
             over.set()
