@@ -9,11 +9,12 @@ after. Then each token reads what does not fit and no byte more: bytes per token
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection
+from collections.abc import Iterable
 
 __all__ = [
     "ABSENT",
     "CHUNK",
+    "HELD",
     "IDLE",
     "READING",
     "READY",
@@ -30,7 +31,7 @@ _BEHIND = 2  # streamed chunks of one operator that several threads may be at, b
 CHUNK = 2 << 20
 """Bytes of a chunk: a huge page of x86-64. The last one of a file may be shorter."""
 
-ABSENT, READING, READY = 0, 1, 2
+ABSENT, READING, READY, HELD = 0, 1, 2, 3
 
 LEAST_WINDOW, MOST_WINDOW = 24 << 20, 256 << 20
 
@@ -77,9 +78,7 @@ def lay_out(entries: list[tuple[int, int, int, int]], sizes: list[int], chunk: i
     return sorted(found.values(), key=lambda c: (c.first, c.last, c.file, c.number))
 
 
-def divide(
-    chunks: list[Chunk], budget: int, window: int, before: Collection[Chunk] = ()
-) -> tuple[list[Chunk], list[Chunk]]:
+def divide(chunks: list[Chunk], budget: int, window: int) -> tuple[list[Chunk], list[Chunk]]:
     """Return which chunks to pin and which to stream, both in the order of use.
 
     Chunks that a token uses more than once, and those of tensors that are larger than the window, are pinned first: it
@@ -90,9 +89,6 @@ def divide(
         chunks: in order of use.
         budget: bytes of memory for them, the window included.
         window: bytes of memory for what is streamed.
-        before: what has been streamed so far. Where it can be, only the difference changes sides, since that has to
-            be read or given back; and what is streamed in addition has no neighbour that is, for which the kernel would
-            read ahead (pages.py). Where there are not enough of those all is spread anew.
     """
     total = sum(c.nbytes for c in chunks)
     if total <= budget:
@@ -111,41 +107,26 @@ def divide(
             break
         nbytes += chunks[i].nbytes
         most = max(most, n)
-    able = [i for i, n in enumerate(weight) if n <= most]
-    known = set(before)
-    streamed = [i for i in able if chunks[i] in known]
-    if (missing := wanted - sum(chunks[i].nbytes for i in streamed)) <= 0:
-        gone = set(_spread(chunks, streamed, -missing, at_most=True))
-        streamed = [i for i in streamed if i not in gone]
-    else:
-        near = {(chunks[i].file, chunks[i].number + n) for i in streamed for n in (-1, 0, 1)}
-        alone = [i for i in able if (chunks[i].file, chunks[i].number) not in near]
-        enough = streamed and sum(chunks[i].nbytes for i in alone) >= 2 * missing
-        streamed = streamed + _spread(chunks, alone, missing) if enough else _spread(chunks, able, wanted)
-    taken = set(streamed)
+    taken = set(_spread(chunks, [i for i, n in enumerate(weight) if n <= most], wanted))
     return (
         [c for i, c in enumerate(chunks) if i not in taken],
         [c for i, c in enumerate(chunks) if i in taken],
     )
 
 
-def _spread(chunks: list[Chunk], able: list[int], wanted: int, *, at_most: bool = False) -> list[int]:
-    """Return every n-th of some chunks: ``wanted`` bytes or, unless ``at_most``, up to a chunk more."""
+def _spread(chunks: list[Chunk], able: list[int], wanted: int) -> list[int]:
+    """Return every n-th of some chunks, ``wanted`` bytes or up to a chunk more."""
     found: list[int] = []
     share, due, taken = wanted / max(sum(chunks[i].nbytes for i in able), 1), 0.0, 0
-
-    def fits(i: int) -> bool:
-        return taken + chunks[i].nbytes <= wanted if at_most else taken < wanted
-
     for i in able:
         due += chunks[i].nbytes * share
-        if due >= chunks[i].nbytes / 2 and fits(i):
+        if due >= chunks[i].nbytes / 2 and taken < wanted:
             found.append(i)
             due -= chunks[i].nbytes
             taken += chunks[i].nbytes
     chosen = set(found)
     for i in reversed(able):  # what rounding has left out
-        if i not in chosen and fits(i):
+        if i not in chosen and taken < wanted:
             found.append(i)
             taken += chunks[i].nbytes
     return found
@@ -170,28 +151,38 @@ def slack_for(limit: int) -> int:
 
 
 class Stream:
-    """Which streamed chunks should be in memory now, and what became of those that were.
+    """Which chunks should be in memory now, and what became of those that were.
+
+    Some are *held*: in memory whatever the server does. The others flow through the window. Which are held changes as
+    the server passes them, and so at no cost: one that flows is there just then, and stays; one that was held is given
+    back when it would have been, had it been read for this token.
 
     Args:
-        chunks: that are streamed.
-        window: how many may be in memory.
+        chunks: that a token uses.
+        window: how many that flow may be in memory.
         step: where the server is; what it came to before is not counted.
+        held: those of ``chunks`` that are held from the beginning.
 
     Attributes:
         chunks: in the order in which they are done with.
-        state: of each, ABSENT, READING or READY.
-        used, late, missed, wasted: chunks that were there in time; under way when the server came; not even asked
-            for then; there, and given back unused.
+        state: of each, ABSENT, READING, READY or HELD.
+        flow: the chunks that are not held, in order.
+        used, late, missed, wasted: chunks that flow and were there in time; under way when the server came; not even
+            asked for then; there, and given back unused.
         ahead_ns: time from being ready to being used, summed over ``used``.
     """
 
-    def __init__(self, chunks: list[Chunk], window: int, step: int = IDLE) -> None:
+    def __init__(self, chunks: list[Chunk], window: int, step: int = IDLE, held: Iterable[Chunk] = ()) -> None:
         self.chunks = sorted(chunks, key=lambda c: (c.last, c.first, c.file, c.number))
         self.window = window
+        self._index = {(c.file, c.number): i for i, c in enumerate(self.chunks)}
         self._lasts = [c.last for c in self.chunks]
         self._by_first = sorted(range(len(chunks)), key=lambda i: self.chunks[i].first)
         self._firsts = [self.chunks[i].first for i in self._by_first]
         self.state = [ABSENT] * len(self.chunks)
+        for chunk in held:
+            self.state[self._index[chunk.file, chunk.number]] = HELD
+        self._turning: set[int] = set()  # chunks that are to be held and are not, or the other way round
         self._ready: dict[int, int] = {}  # chunk in memory: since when, ns
         self._coming: set[int] = set()  # chunks of the operator at hand that are not due yet
         self._met: set[int] = set()  # chunks in memory, or under way, that the server has come to
@@ -200,34 +191,66 @@ class Stream:
         self._at = 0  # the first chunk that is not done with
         self._step = step
         self._reached = -1  # the furthest chunk of the operator at hand that was touched
+        self._held: list[int] = []  # chunks that are held from now on
         self._settled = False  # whether what should be in memory is there, or under way
+        self._reflow()
+
+    def _reflow(self) -> None:
+        self.flow = [i for i, state in enumerate(self.state) if state != HELD]
+        self._place = {i: place for place, i in enumerate(self.flow)}
+        self._from = bisect_left(self.flow, self._at)
+        self._settled = False
+
+    def hold(self, chunks: Iterable[Chunk]) -> None:
+        """Have these held, and no others, each from when the server has passed it."""
+        held = {self._index[c.file, c.number] for c in chunks}
+        self._turning = {i for i, state in enumerate(self.state) if (state == HELD) != (i in held)}
+
+    def free(self, chunks: Iterable[Chunk]) -> None:
+        """Take in that these are not held any more, and not in memory."""
+        for chunk in chunks:
+            i = self._index[chunk.file, chunk.number]
+            self._turning.discard(i)
+            if self.state[i] == HELD:
+                self.state[i] = ABSENT
+        self._reflow()
+
+    def moving(self) -> list[Chunk]:
+        """Return the chunks for which it matters when the server comes to them, or is done with them."""
+        return [self.chunks[i] for i in sorted({*self.flow, *self._turning})]
 
     def wanted(self) -> list[int]:
         """Return the chunks that should be in memory, soonest first."""
-        count = len(self.chunks)
-        return [(self._at + i) % count for i in range(min(self.window, count))]
+        count = len(self.flow)
+        return [self.flow[(self._from + i) % count] for i in range(min(self.window, count))]
 
     def move(self, step: int, now_ns: int) -> tuple[list[int], list[int]]:
         """Take in that the server is at ``step`` of its token (IDLE: between two).
 
         Returns:
-            Chunks to give back, and chunks to read, soonest first; the latter are READING from now on.
+            Chunks to give back, and then chunks to read, soonest first; the latter are READING from now on. Look at
+            :meth:`turned`, too.
         """
         if not self.chunks:
             return [], []
-        count, before, at = len(self.chunks), self._step, self._at
+        count, before, at, place = len(self.chunks), self._step, self._at, self._from
         done = bisect_left(self._lasts, step)
         # Within an operator the chunks before the one that was reached are done with, too.
-        within = self._reached - _BEHIND if step == before else -1
+        within = self._reached if step == before and self.flow else -1
+        if within >= 0:
+            within = self.flow[max(bisect_left(self.flow, within) - _BEHIND, 0)]
         self._at = max(done, within) % count
+        self._from = bisect_left(self.flow, self._at)
         if step != before:
             self._reached = -1
+        ended = step < before or done == count
         if step < before:  # the token has ended, or was broken off
             for i in self._coming:
                 self._meet(i, now_ns)
             self._coming.clear()
             before = IDLE
-        self._coming.update(self._by_first[bisect_right(self._firsts, before) : bisect_right(self._firsts, step)])
+        come = self._by_first[bisect_right(self._firsts, before) : bisect_right(self._firsts, step)]
+        self._coming.update(i for i in come if self.state[i] != HELD)
         begins = step != self._step  # what should be there when an operator begins
         self._step = step
         if self._coming:
@@ -235,7 +258,8 @@ class Stream:
                 if (begins and self._is_wanted(i)) or self.chunks[i].last < step or i <= self._reached:
                     self._coming.discard(i)
                     self._meet(i, now_ns)
-        if self._settled and self._at == at:
+        freed = self._turn(at, count if ended else self._at) if self._turning else []
+        if self._settled and self._from == place:
             return [], []
         back = [i for i in self._ready if not self._is_wanted(i)]
         for i in back:
@@ -244,10 +268,33 @@ class Stream:
         for i in read:
             self.state[i] = READING
         self._settled = True
-        return back, read
+        return freed + back, read
+
+    def _turn(self, start: int, end: int) -> list[int]:
+        """Hold, or hold no more, the chunks from ``start`` to ``end``; return what is to be given back."""
+        passed = [i for i in self._turning if start <= i < end]
+        freed = [i for i in passed if self.state[i] == HELD]
+        held = [i for i in passed if self.state[i] == READY]
+        for i in held:
+            del self._ready[i]
+            self._met.discard(i)
+            self.state[i] = HELD
+        for i in freed:
+            self.state[i] = ABSENT
+        if freed or held:
+            self._turning.difference_update(freed, held)
+            self._held += held
+            self._reflow()
+        return freed
+
+    def turned(self) -> list[int]:
+        """Return the chunks in memory that are held since the last call: lock them."""
+        held, self._held = self._held, []
+        return held
 
     def _is_wanted(self, i: int) -> bool:
-        return (i - self._at) % len(self.chunks) < self.window
+        place = self._place.get(i)
+        return place is not None and (place - self._from) % len(self.flow) < self.window
 
     def reach(self, i: int) -> None:
         """Take in that the server has touched a chunk of the operator that it is at; effective with the next move."""
@@ -255,12 +302,14 @@ class Stream:
             self._reached = max(self._reached, i)
 
     def crowded(self) -> bool:
-        """Tell whether the operator at hand uses so many streamed chunks that it matters how far it is."""
+        """Tell whether the operator at hand uses so many chunks that flow that it matters how far it is."""
         low, high = bisect_left(self._lasts, self._step), bisect_right(self._lasts, self._step)
-        return high - low > self.window // 2
+        return bisect_left(self.flow, high) - bisect_left(self.flow, low) > self.window // 2
 
     def _meet(self, i: int, now_ns: int) -> None:
         """Note how a chunk that the server comes to was found."""
+        if self.state[i] == HELD:
+            return
         if self.state[i] == READY:
             self.used += 1
             self.ahead_ns += max(now_ns - self._ready[i], 0)
@@ -292,4 +341,5 @@ class Stream:
             self.gone(i)
         self._step, self._reached, self._at = IDLE, -1, 0
         self._coming.clear()
+        self._reflow()
         return there

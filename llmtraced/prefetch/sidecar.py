@@ -75,6 +75,7 @@ class Sidecar:
             self.ring.wait(0)  # ticks of graphs that began before the clock knew its marks say nothing
         self._operators = bool(ticks and ticks["operators"])
         self.table = PageTable(self.pid)
+        self._looks: list[int] = []  # at what there is room for
         self.turn = Turn()
         self.work: Work | None = None
         self.mixture: Mixture | None = None
@@ -246,6 +247,7 @@ class Sidecar:
             self.mixture = Mixture(self.pid, self.pages, self.config["mixture"], self.config["predict"], _say)
         self.memory.struck()
         self._engaged, self._strikes, self.slack = time.monotonic(), 0, self.config["slack"]
+        self._looks.clear()
         self.budget = self._room()
         self._divide()
 
@@ -272,6 +274,7 @@ class Sidecar:
         if short > self.slack // 2:
             given = self.mixture.relieve(short) if self.mixture is not None else 0
             self._relieved += given + (self.work.relieve(short - given) if given < short else 0)
+            self._wake()
 
     def _check_reads(self) -> None:
         """Where no tokens are seen: find out from what the server reads whether to engage."""
@@ -283,12 +286,15 @@ class Sidecar:
     def _room(self) -> int:
         """Return the bytes that the model's chunks may take."""
         assert self.work is not None
-        # Usage and residency cannot be read at the same moment, and megabytes move between two readings.
-        count = 3 if self.strategy["stream"] else 1
+        # Usage and residency cannot be read at the same moment, and megabytes move between two readings: the median of
+        # three. They are of three calls, since to count residency is to walk the whole model.
         pinned = self.work.pinned_bytes + self._held
         small = self.mixture is not None  # pages: to count them would take too long
-        looks = sorted(self.memory.room(None if small else self.work.resident(), pinned) for _ in range(count))
-        room = max(looks[count // 2] - self.slack, 0)
+        count = 3 if self.strategy["stream"] else 1
+        for _ in range(max(count - len(self._looks), 1)):
+            self._looks.append(self.memory.room(None if small else self.work.resident(), pinned))
+        del self._looks[:-count]
+        room = max(sorted(self._looks)[count // 2] - self.slack, 0)
         asked: int | None = self.config["budget"]
         return room if asked is None else min(room, asked)
 
@@ -305,12 +311,17 @@ class Sidecar:
         if self.mixture is not None:
             self.mixture.hold(max(self.budget - self.total, 0))
         self.governor.settled()
-        if self.ring is not None:
-            wakes = dict.fromkeys(self.work.wakes(self.marks), 1)
-            self.ring.wake_at(wakes | (self.mixture.wakes() if self.mixture is not None else {}))
+        self._wake()
         self._move(self._step, time.monotonic_ns())
         if self.work.stream is not None or self.mixture is not None:
             self.turn.take()
+
+    def _wake(self) -> None:
+        """Be woken at the operators that matter."""
+        if self.work is not None and self.ring is not None and self.work.turned:
+            self.work.turned = False
+            wakes = dict.fromkeys(self.work.wakes(self.marks), 1)
+            self.ring.wake_at(wakes | (self.mixture.wakes() if self.mixture is not None else {}))
 
     def release(self) -> None:
         """Let go of everything; the kernel manages the model's pages again."""
@@ -337,6 +348,7 @@ class Sidecar:
         if work is None:
             return
         work.sweep()
+        self._wake()
         if self.mixture is not None:
             self.mixture.sweep()
         if work.pinning:

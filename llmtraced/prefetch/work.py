@@ -10,13 +10,14 @@ from typing import Any
 
 from llmtraced.prefetch.clock import PageTable, next_step
 from llmtraced.prefetch.pages import Pages
-from llmtraced.prefetch.policy import CHUNK, READY, Chunk, Stream, divide, window_for
+from llmtraced.prefetch.policy import CHUNK, HELD, READY, Chunk, Stream, divide, window_for
 from llmtraced.prefetch.readers import Threads, Uring
 
 __all__ = ["Work", "calibrate"]
 
 _SAMPLE = 24  # chunks that ways of reading are tried with
 _ROUNDS = 3
+_SWEEPS = 4  # after so many all has been looked at
 
 
 class Work:
@@ -35,7 +36,8 @@ class Work:
 
     Attributes:
         pinned: chunks that are locked.
-        stream: what moves through the window; None: nothing does.
+        stream: the chunks of a token, where some move through the window; None: nothing does.
+        turned: whether other chunks move than when this was last made false.
         totals: chunks ``used``, ``late``, ``missed``, ``wasted``, ``failed``; ``read_bytes``; ``ahead_ns``.
         reading_ns: time in which the stream had something to read, about.
     """
@@ -57,6 +59,7 @@ class Work:
         self.fixed_window, self.window, self.depth, self.say, self.kept = window, window, depth, say, kept
         self.pinned: dict[tuple[int, int], Chunk] = {}
         self.stream: Stream | None = None
+        self.turned = False
         self.totals = dict.fromkeys(("used", "late", "missed", "wasted", "ahead_ns", "failed", "read_bytes"), 0)
         self.reading_ns = 0
         self._moved, self._asked = 0, 0  # when the stream was moved last; chunks that were under way then
@@ -64,6 +67,8 @@ class Work:
         self._lingering: list[Chunk] = []  # given back, and still in memory
         self._pinner: threading.Thread | None = None
         self._stop = threading.Event()
+        self._swept = 0
+        self._refused = False  # whether it was said that no more can be locked
 
     @property
     def pinned_bytes(self) -> int:
@@ -82,32 +87,29 @@ class Work:
         return sum(p.resident(0, p.chunks) for p in self.pages)
 
     def divide(self, budget: int, step: int) -> None:
-        """Pin and stream so that ``budget`` bytes are enough, from now on, with the server at ``step``."""
-        before = self.stream.chunks if self.stream is not None else []
-        self._end_stream()
+        """Pin and stream so that ``budget`` bytes are enough, from now on, with the server at ``step``.
+
+        Where something is streamed already it changes sides as the server passes it (policy.Stream): no byte is read
+        for that. A prompt, which has the server touch more memory of its own, has no time to spare.
+        """
         self._end_pinning()
+        self._refused = False
         self.window = self.fixed_window or window_for(sum(c.nbytes for c in self.chunks), budget)
         pin: list[Chunk] = []
         stream = list(self.chunks)
         if self.strategy["pin"]:
-            pin, stream = divide(self.chunks, budget, self.window if self.strategy["stream"] else 0, before)
-            keep = {(c.file, c.number) for c in pin}
-            for key in [key for key in self.pinned if key not in keep]:
-                chunk = self.pinned.pop(key)
-                self.pages[chunk.file].unpin(chunk.number)
-                self._give_back(chunk)
-            todo = self._pin_huge([c for c in pin if (c.file, c.number) not in self.pinned])
-            self.kept()
-            self._pinner = threading.Thread(target=self._pin, args=(todo,), daemon=True)
-        if self.strategy["stream"] and stream:
-            if self.strategy["evict"]:
-                for chunk in stream:
-                    self._give_back(chunk)
-            self.stream = Stream(stream, max(self.window // CHUNK, 2), step)
-            depth = min(self.depth or min(max(self.stream.window // 2, 8), 16), self.stream.window)
-            self._reader = Uring(self.pages, depth) if self.path == "uring" else Threads(self.pages, self.path, depth)
-        if self._pinner is not None:
-            self._pinner.start()
+            pin, stream = divide(self.chunks, budget, self.window if self.strategy["stream"] else 0)
+        if self.stream is not None:
+            self.stream.window = max(self.window // CHUNK, 2)
+            self.stream.hold(pin)
+        else:
+            todo = self._pin_anew(pin) if self.strategy["pin"] else []
+            if self.strategy["stream"] and stream:
+                self._begin_stream(pin, stream, step)
+            if todo:
+                self._pinner = threading.Thread(target=self._pin, args=(todo,), daemon=True)
+                self._pinner.start()
+        self.turned = True
         self.say(
             f"pinning {sum(c.nbytes for c in pin) >> 20} MB, "
             + (
@@ -117,6 +119,27 @@ class Work:
                 else f"leaving {sum(c.nbytes for c in stream) >> 20} MB to the kernel"
             )
         )
+
+    def _pin_anew(self, pin: list[Chunk]) -> list[Chunk]:
+        """Unpin all others; pin what can be in no time, and return the rest."""
+        keep = {(c.file, c.number) for c in pin}
+        for key in [key for key in self.pinned if key not in keep]:
+            self._unpin(self.pinned.pop(key))
+        todo = self._pin_huge([c for c in pin if (c.file, c.number) not in self.pinned])
+        self.kept()
+        return todo
+
+    def _unpin(self, chunk: Chunk) -> None:
+        self.pages[chunk.file].unpin(chunk.number)
+        self._give_back(chunk)
+
+    def _begin_stream(self, pin: list[Chunk], stream: list[Chunk], step: int) -> None:
+        if self.strategy["evict"]:
+            for chunk in stream:
+                self._give_back(chunk)
+        self.stream = Stream(self.chunks, max(self.window // CHUNK, 2), step, pin)
+        depth = min(self.depth or min(max(self.stream.window // 2, 8), 16), self.stream.window)
+        self._reader = Uring(self.pages, depth) if self.path == "uring" else Threads(self.pages, self.path, depth)
 
     def _pin_huge(self, todo: list[Chunk]) -> list[Chunk]:
         """Pin, in no time, what the server has mapped by huge pages, before anything drives it out; return the rest."""
@@ -137,32 +160,49 @@ class Work:
             if not self._lock([chunk]):
                 return
 
-    def _lock(self, chunks: list[Chunk]) -> bool:
-        for chunk in chunks:
+    def _lock(self, chunks: list[Chunk]) -> int:
+        """Pin chunks until one cannot be; return how many were."""
+        for done, chunk in enumerate(chunks):
             try:
                 self.pages[chunk.file].pin(chunk.number)
             except OSError as error:
-                self.say(f"cannot lock more than {self.pinned_bytes >> 20} MB: {error.strerror}")
-                return False
+                if not self._refused:
+                    self._refused = True
+                    self.say(f"cannot lock more than {self.pinned_bytes >> 20} MB: {error.strerror}")
+                return done
             self.pinned[chunk.file, chunk.number] = chunk
-        return True
+        return len(chunks)
 
     def relieve(self, nbytes: int) -> int:
         """Give up pins of that many bytes at once, the last ones first; return how many bytes were."""
-        given = 0
+        given, gone = 0, []
         while given < nbytes and self.pinned:
             _, chunk = self.pinned.popitem()
-            self.pages[chunk.file].unpin(chunk.number)
-            self._give_back(chunk)
+            self._unpin(chunk)
+            gone.append(chunk)
             given += chunk.nbytes
+        self._free(gone)
         return given
+
+    def _free(self, chunks: list[Chunk]) -> None:
+        """Have chunks streamed that are not pinned any more, or could not be."""
+        if self.stream is not None and chunks:
+            self.stream.free(chunks)
+            self.turned = True
 
     def _end_pinning(self) -> None:
         if self._pinner is not None:
             self._stop.set()
             self._pinner.join()
             self._stop.clear()
-            self._pinner = None
+            self._pinned_all()
+
+    def _pinned_all(self) -> None:
+        """Take in that the thread has ended. What it has not pinned flows: it was told to stop, or could not."""
+        self._pinner = None
+        if self.stream is not None:
+            held = (c for c, state in zip(self.stream.chunks, self.stream.state, strict=True) if state == HELD)
+            self._free([c for c in held if (c.file, c.number) not in self.pinned])
 
     def _give_back(self, chunk: Chunk) -> None:
         pages = self.pages[chunk.file]
@@ -183,7 +223,7 @@ class Work:
         if self.stream is not None:
             at = {step: mark for mark, steps in enumerate(marks) for step in steps}
             known = sorted(at)
-            for chunk in self.stream.chunks:
+            for chunk in self.stream.moving():
                 wanted |= {at[next_step(known, step - 1)] for step in (chunk.first, chunk.last + 1)}
         return sorted(wanted)
 
@@ -204,6 +244,12 @@ class Work:
                 self.totals["read_bytes"] += stream.chunks[i].nbytes
                 stream.arrived(i, time.monotonic_ns())
         back, read = stream.move(step, now_ns)
+        for i in back:
+            if chunk := self.pinned.pop((stream.chunks[i].file, stream.chunks[i].number), None):
+                self.pages[chunk.file].unpin(chunk.number)
+        if held := [stream.chunks[i] for i in stream.turned()]:
+            self._free(held[self._lock(held) :])
+            self.turned = True
         if not (back or read or self._lingering):
             return  # as most times: the server comes to more operators than chunks
         wanted = stream.wanted()
@@ -233,12 +279,19 @@ class Work:
         return None
 
     def sweep(self) -> None:
-        """Give back what of the stream is in memory though it should not be: the server read it by itself."""
+        """Give back what of the stream is in memory though it should not be: the server read it by itself.
+
+        A part of the stream each time: the kernel walks a chunk's pages to tell what is there.
+        """
+        if self._pinner is not None and not self._pinner.is_alive():
+            self._pinned_all()
         stream = self.stream
         if stream is None or not self.strategy["evict"]:
             return
         wanted = set(stream.wanted())
-        for i, chunk in enumerate(stream.chunks):
+        self._swept = (self._swept + 1) % _SWEEPS
+        for i in stream.flow[self._swept :: _SWEEPS]:
+            chunk = stream.chunks[i]
             if i not in wanted and self.pages[chunk.file].resident(chunk.number) > 0:
                 self._give_back(chunk)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtraced.prefetch.policy import ABSENT, READING, READY, Chunk, Stream, divide, lay_out
+from llmtraced.prefetch.policy import ABSENT, HELD, READING, READY, Chunk, Stream, divide, lay_out
 
 C = 100  # bytes of a chunk
 
@@ -121,52 +120,6 @@ def test_what_is_held_for_long_is_pinned_first() -> None:
         assert stream
     for budget in (0, C // 4):  # not even one fits
         assert 99 in numbers(divide(chunks, budget, 0)[1])
-
-
-def test_a_budget_that_changes_costs_the_difference_only() -> None:
-    chunks = flat(100)
-    _, first = divide(chunks, 80 * C, 0)
-    _, less = divide(chunks, 76 * C, 0, first)
-    assert set(first) < set(less)
-    assert len(less) == 24
-    new = numbers(sorted(set(less) - set(first), key=lambda c: c.number))
-    assert min(b - a for a, b in pairwise(new)) >= 15  # every layer gives up as much
-    _, more = divide(chunks, 90 * C, 0, less)
-    assert set(more) < set(less)
-    assert len(more) == 10
-    kept = numbers(more)
-    assert max(b - a for a, b in pairwise(kept)) <= 16
-    assert divide(chunks, 90 * C, 0, more)[1] == more
-    assert divide(chunks, 100 * C, 0, more) == (chunks, [])
-
-
-def pairs(stream: list[Chunk]) -> int:
-    there = set(numbers(stream))
-    return sum(n + 1 in there for n in there)
-
-
-def test_where_the_difference_would_lie_beside_what_is_streamed_all_is_spread_anew() -> None:
-    chunks = flat(100)
-    _, first = divide(chunks, 54 * C, 0)
-    _, stream = divide(chunks, 52 * C, 0, first)
-    assert stream == divide(chunks, 52 * C, 0)[1]
-    assert pairs(stream) == 0
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 60), st.integers(0, 60 * C), st.integers(0, 60 * C), st.integers(0, 10 * C))
-def test_no_more_changes_sides_than_has_to(count: int, budget: int, later: int, window: int) -> None:
-    chunks = flat(count)
-    _, first = divide(chunks, budget, window)
-    pin, stream = divide(chunks, later, window, first)
-    assert sorted(numbers([*pin, *stream])) == list(range(count))
-    anew = divide(chunks, later, window)[1]
-    assert set(first) <= set(stream) or set(stream) <= set(first) or stream == anew
-    if not set(stream) <= set(first):
-        assert pairs(stream) <= max(pairs(first), pairs(anew))
-    if count * C > later:
-        pinned = sum(c.nbytes for c in pin)
-        assert max(later - window, 0) - 1.5 * C <= pinned <= max(later - window, 0) + C / 2
 
 
 def test_nothing_fits() -> None:
@@ -326,14 +279,61 @@ def test_an_empty_stream() -> None:
     assert stream.clear() == []
 
 
-def simulate(chunks: list[Chunk], window: int, seed: int, moves: int, at_once: bool) -> Stream:
+@settings(max_examples=100, deadline=None)
+@given(st.integers(8, 100), st.integers(2, 8), st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
+def test_a_budget_that_changes_costs_nothing(count: int, window: int, before: float, after: float, begins: int) -> None:
+    """In the token in which chunks change sides no more are read than in any, and no more are in memory."""
+    chunks = flat(count)
+    old, _ = divide(chunks, int(before * count) * C, 0)
+    new, stays = divide(chunks, int(after * count) * C, 0)
+    stream = Stream(chunks, window, held=old)
+    held = set(numbers(old))
+    memory: set[int] = set()
+    for token in range(4):
+        reads = 0
+        for step in range(count):
+            if token == 1 and step == begins % count:
+                stream.hold(new)
+            back, read = stream.move(step, 0)
+            turned = stream.turned()
+            arrive(stream, read)
+            reads += len(read)
+            held = (held - set(back)) | set(turned)
+            memory = (memory - set(back) - set(turned)) | set(read)
+            assert len(held) + len(memory) <= max(len(old), len(new)) + window + 2
+        if token > 0:
+            ahead = 2 * window  # what is read ahead belongs to another token
+            assert reads <= max(count - len(old), count - len(new)) + ahead
+    assert held == set(numbers(new))
+    assert [stream.chunks[i] for i in stream.flow] == stays
+    assert stream.moving() == stays
+
+
+def test_what_is_freed_flows_at_once() -> None:
+    chunks = flat(10)
+    stream = Stream(chunks, 3, held=chunks[:5])
+    assert stream.move(0, 0)[1] == [5, 6, 7]
+    stream.hold(chunks[2:5])
+    stream.free([chunks[1], chunks[4]])
+    assert stream.move(0, 0)[1] == [1, 4]
+    assert stream.wanted() == [1, 4, 5]
+    assert numbers(stream.moving()) == [0, 1, 4, 5, 6, 7, 8, 9]  # 0 is to flow, and does once the server has passed it
+    assert stream.missed == 0
+    assert stream.move(1, 0)[0] == [0]
+
+
+def simulate(chunks: list[Chunk], window: int, seed: int, moves: int, at_once: bool, turning: bool = False) -> Stream:
     """Drive a stream with a server that jumps, restarts and repeats, and a disk that is slow, out of order and fails.
 
-    Checks after each move what must always hold. ``at_once``: a step has one chunk, which is due when it begins; else
-    chunks of one step are due one after the other, and may be counted later than their step begins.
+    Checks after each move what must always hold. ``turning``: what is held changes now and then.
+    ``at_once``: a step has one chunk, which is due when it begins; else chunks of one step are due one
+    after the other, and may be counted later than their step begins.
     """
     rng = random.Random(seed)
-    stream = Stream(chunks, window)
+    target = rng.sample(chunks, rng.randrange(len(chunks) + 1)) if turning else []
+    stream = Stream(chunks, window, held=target)
+    where = {key(c): i for i, c in enumerate(stream.chunks)}
+    locked = {where[key(c)] for c in target}
     end = max(c.last for c in chunks) + 1
     memory: set[int] = set()  # what the disk has delivered and nobody has given back
     under_way: set[int] = set()
@@ -359,13 +359,21 @@ def simulate(chunks: list[Chunk], window: int, seed: int, moves: int, at_once: b
                 stream.arrived(i, now)
                 memory.add(i)
                 fetched += 1
+        if turning and rng.random() < 0.1:
+            target = rng.sample(chunks, rng.randrange(len(chunks) + 1))
+            stream.hold(target)
+        if locked and rng.random() < 0.1:
+            given = rng.sample(sorted(locked), rng.randrange(1, len(locked) + 1))
+            stream.free([stream.chunks[i] for i in given])
+            locked -= set(given)
+            target = [c for c in target if where[key(c)] not in given]
         held = set(memory)
         reading = set(under_way)
         begin = before if step >= before else -1
         expected = Counter(
             "used" if i in held else "late" if i in reading else "missed"
             for i, c in enumerate(stream.chunks)
-            if begin < c.first <= step
+            if begin < c.first <= step and i not in locked
         )
         counts = stream.used, stream.late, stream.missed
         back, read = stream.move(step, now)
@@ -380,14 +388,20 @@ def simulate(chunks: list[Chunk], window: int, seed: int, moves: int, at_once: b
         before = step
 
         wanted = stream.wanted()
-        assert len(wanted) == len(set(wanted)) == min(window, len(chunks))
-        assert set(back) <= memory  # only what is there can be given back
+        turned = set(stream.turned())
+        keep = {where[key(c)] for c in target}
+        assert turned <= memory & keep
+        assert not (set(back) & locked) & keep
+        assert set(back) <= memory | locked  # only what is there can be given back
         assert len(back) == len(set(back))
-        assert not set(back) & set(wanted)
+        assert not (set(back) - locked) & set(wanted)
         assert not set(read) & (memory | under_way)
         assert set(read) <= set(wanted)
-        memory -= set(back)
+        locked = (locked - set(back)) | turned
+        memory -= set(back) | turned
         under_way |= set(read)
+        assert len(wanted) == len(set(wanted)) == min(window, len(chunks) - len(locked))
+        assert not set(wanted) & locked
         assert memory <= set(wanted)
         assert set(wanted) <= memory | under_way
         # Work takes back what has not begun: here all that is not wanted any more, or a part of it.
@@ -398,8 +412,10 @@ def simulate(chunks: list[Chunk], window: int, seed: int, moves: int, at_once: b
         for i in range(len(chunks)):
             assert (stream.state[i] == READY) == (i in memory)
             assert (stream.state[i] == READING) == (i in under_way)
-        soonest = next((i for i, c in enumerate(stream.chunks) if c.last >= step), 0)
-        assert wanted[0] == soonest
+            assert (stream.state[i] == HELD) == (i in locked)
+        flow = [i for i in range(len(chunks)) if i not in locked]
+        if flow:
+            assert wanted[0] == next((i for i in flow if stream.chunks[i].last >= step), flow[0])
     assert stream.ahead_ns >= 0
     assert sorted(stream.clear()) == sorted(memory)
     assert stream.wasted <= fetched
@@ -413,9 +429,16 @@ def test_a_stream_is_true_whatever_the_server_and_the_disk_do(count: int, window
 
 
 @settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 1 << 30))
+def test_also_while_what_is_held_changes(count: int, window: int, seed: int) -> None:
+    simulate(flat(count), window, seed, 200, at_once=True, turning=True)
+
+
+@settings(max_examples=60, deadline=None)
 @given(layouts(), st.integers(1, 12), st.integers(0, 1 << 30))
 def test_also_with_chunks_that_are_held(chunks: list[Chunk], window: int, seed: int) -> None:
     simulate(chunks, window, seed, 100, at_once=False)
+    simulate(chunks, window, seed, 100, at_once=False, turning=True)
 
 
 @settings(max_examples=60, deadline=None)
