@@ -191,7 +191,7 @@ def _hold(
         "files": opened,
         "entries": [[e.step, e.shard, e.offset_bytes, e.size_bytes] for e in plan.entries if e.whole],
         "procs": str(group.path / "cgroup.procs") if group else "",
-        "cgroup": {"folder": str(group.path) if group else "", "version": group.version if group else 2},
+        "cgroup": _told(group),
         "slack": _slack(options, group),
         "budget": options.budget,
     }
@@ -337,6 +337,11 @@ def _learn(target: Target, label: str, ticks: Ticks) -> tuple[Layout, Graph]:
             log.info("still waiting: send it a request")
 
 
+def _told(group: Cgroup | None) -> dict[str, Any]:
+    """Return what a bare process is told of a cgroup (memory.Memory)."""
+    return {"folder": str(group.path) if group else "", "version": group.version if group else 2}
+
+
 def known_weights(target: Target) -> dict[str, list[ggml_layout.Weight]]:
     """Return what files and the target's mappings tell of its models' weights, by name."""
     maps = {(f.label, f.shard): f.mappings for f in target.files}
@@ -445,7 +450,7 @@ def configuration(
             "operators": ticks.operators,
         },
         "keep": [] if ticks is None else ticks.descriptors(),
-        "cgroup": {"folder": str(group.path) if group else "", "version": group.version if group else 2},
+        "cgroup": _told(group),
         "strategy": strategy,
         "partial": any(tensor.n_experts for tensor in target.models[label].tensors),
         "budget": options.budget,
