@@ -33,7 +33,7 @@ __all__ = ["Sidecar", "main"]
 
 _CHECK_SECONDS = 0.25  # between looks at the memory
 _GUARD_SECONDS = 0.025  # between looks at what is left of it, while the server computes
-_PROMPT_SECONDS, _GROWN = 0.01, 1 << 20  # and at once when a prompt has it touch so much memory of its own
+_TOUCHED, _GROWN = 4_000_000_000, 1 << 20  # bytes/s that a prompt may have it touch; so many are looked into at once
 _GROW_SECONDS = 2.0  # so long must memory be free before more is pinned
 _STRIKES = 4  # checks in a row in which a limit was run into
 _PRESSURE, _PRESSURE_SECONDS = 0.2, 15.0  # share of time in which all waited for memory; time for that to be ours
@@ -90,6 +90,7 @@ class Sidecar:
         self._server_read = self._read_bytes()
         self._checked = self._guarded = self._grow_since = self._written = self._engaged = 0.0
         self._strikes = self._relieved = self._touched = 0
+        self._uneven = False  # the budget is another than what was divided
         self._started = time.monotonic()
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ class Sidecar:
             return _POLL_SECONDS
         if not self._begun or self.work is None:
             return _CHECK_SECONDS
-        return _GUARD_SECONDS if self._batch else _PROMPT_SECONDS
+        return _GUARD_SECONDS if self._batch else min((self.work.window + self.slack) / _TOUCHED, _GUARD_SECONDS)
 
     # --- working ---------------------------------------------------------------------------------------------------
 
@@ -301,6 +302,7 @@ class Sidecar:
     def _divide(self) -> None:
         assert self.work is not None
         self.turn.leave()
+        self._uneven = False
         experts = self.mixture.total if self.mixture is not None else 0
         enough = self.budget >= self.total + experts + self.slack and (experts or not self.config["partial"])
         if self.strategy["pin"] and enough and self.governor.fits():
@@ -357,18 +359,23 @@ class Sidecar:
         if not self.strategy["pin"]:
             return
         self._adapt(now)
-        room = self._room()
-        if self._relieved:
-            _say(f"memory was about to run out: {self._relieved >> 20} MB were given back")
-            room, self._relieved = min(room, self.budget - self._relieved), 0
+        # A prompt's time is processor time: what is given up in it flows, and all is divided anew afterwards.
+        prompt = bool(self._begun) and not self._batch and self.mixture is None
+        room, relieved = self._room(), self._relieved
+        if relieved:
+            _say(f"memory was about to run out: {relieved >> 20} MB were given back")
+            room, self._relieved = min(room, self.budget - relieved), 0
         if room < self.budget - self.slack // 2:
             _say(f"memory is short by {self.budget - room >> 20} MB")
-            self.budget, self._grow_since = room, now
-            self._divide()
+            if prompt:
+                work.relieve(self.budget - room - relieved)
+                self._wake()
+            self.budget, self._grow_since, self._uneven = room, now, True
         elif room < self.budget + self.slack:
             self._grow_since = now
         elif now - self._grow_since > _GROW_SECONDS:
-            self.budget, self._grow_since = room, now
+            self.budget, self._grow_since, self._uneven = room, now, True
+        if self._uneven and not prompt:
             self._divide()
 
     def _adapt(self, now: float) -> None:
