@@ -5,6 +5,7 @@ BPF; tests/conftest.py has the switch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import select
@@ -24,7 +25,7 @@ from llmtraced.prefetch import unit
 from llmtraced.prefetch.clock import PageTable
 from llmtraced.prefetch.hold import Hold, let_go
 from llmtraced.prefetch.pages import CHUNK, PATHS, Pages
-from llmtraced.prefetch.policy import Chunk
+from llmtraced.prefetch.policy import READY, Chunk, divide
 from llmtraced.prefetch.readers import Threads, Uring
 from llmtraced.prefetch.work import Work
 
@@ -481,6 +482,81 @@ def test_what_the_server_has_in_huge_pages_is_locked_as_it_is(file: Path, pages:
     assert list(work.pinned) == [(0, 2), (0, 4), (0, 3)]  # before it is driven out by what has to be read
     assert pages.mapped_huge(table) == {2, 4}, "the server has not touched them since, and has them as before"
     assert not table.mapped(server.address(3)), "what was in small pages was read anew"
+    work.release()
+    table.close()
+
+
+STRATEGY = {"pin": True, "stream": True, "evict": True}
+
+
+def passed(work: Work, step: int) -> None:
+    """Have the server come to a step, and wait until all that is wanted then has been read."""
+
+    def there() -> bool:
+        work.move(step, 0)
+        return work.stream is not None and all(work.stream.state[i] == READY for i in work.stream.wanted())
+
+    wait_until(there, 5, "what is wanted is there")
+
+
+def test_what_is_pinned_changes_sides_as_the_server_passes_and_nothing_is_read_for_it(
+    pages: Pages, server: Server
+) -> None:
+    table = PageTable(server.child.pid)
+    chunks = [Chunk(0, n, CHUNK, n, n) for n in range(CHUNKS)]
+    work = Work([pages], table, chunks, STRATEGY, "readahead", 2 * CHUNK, 1, lambda _: None)
+
+    def token() -> float:
+        """Return the chunks read while the server passes all of them."""
+        before = work.totals["read_bytes"]
+        for step in range(CHUNKS):
+            passed(work, step)
+            server.touch(step)
+        return (work.totals["read_bytes"] - before) / CHUNK
+
+    for budget in (5, 3, 4):
+        work.divide(budget * CHUNK, 0)
+        wait_until(lambda: not work.pinning, 5, "what is pinned at once is")
+        most = max(CHUNKS - len(work.pinned), CHUNKS - budget + 2)
+        assert token() <= most + 2, "and of the window what the next token needs first"
+        token()  # the last of them flowed until its end
+        pin, stream = divide(chunks, budget * CHUNK, 2 * CHUNK)
+        assert {number for _, number in work.pinned} == {c.number for c in pin}
+        assert locked() == len(pin) * CHUNK
+        assert token() == len(stream)
+    assert work.relieve(1) == CHUNK
+    token()
+    assert token() == len(stream) + 1, "what was given up is streamed"
+    assert locked() == (len(pin) - 1) * CHUNK
+    assert work.totals["failed"] == 0
+    work.release()
+    assert locked() == 0
+    table.close()
+
+
+def test_what_cannot_be_locked_is_streamed(pages: Pages, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = PageTable(server.child.pid)
+    chunks = [Chunk(0, n, CHUNK, n, n) for n in range(CHUNKS)]
+    said: list[str] = []
+    work = Work([pages], table, chunks, STRATEGY, "readahead", 2 * CHUNK, 1, said.append)
+    pin = pages.pin
+
+    def limited(number: int) -> None:
+        if len(work.pinned) == 1:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        pin(number)
+
+    monkeypatch.setattr(pages, "pin", limited)
+    for _ in range(2):  # the second time as the server passes
+        work.divide(5 * CHUNK, 0)
+        wait_until(lambda: not work.pinning, 5, "as much is locked as can be")
+        work.sweep()
+        assert work.stream is not None
+        for step in (*range(CHUNKS), 0):
+            passed(work, step)
+        assert len(work.pinned) == 1
+        assert len(work.stream.flow) == CHUNKS - 1
+    assert sum("cannot lock more than 2 MB" in line for line in said) == 2, "once a division"
     work.release()
     table.close()
 
