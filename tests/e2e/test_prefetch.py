@@ -381,6 +381,24 @@ def test_it_follows_the_limit(start: Callable[..., Any], tmp_path: Path) -> None
         let_go(group)
 
 
+def test_a_prompt_that_needs_memory_has_no_more_read_for_it(start: Callable[..., Any], tmp_path: Path) -> None:
+    with start(LIMIT, "prompt-", ctx=512) as (server, group):
+        server.completion([5], 4)  # each of its graphs is one token: it has touched no buffers of a batch yet
+        with Sidecar(server.pid, tmp_path, "--trial", "0") as sidecar:
+            with asking(server, prompt=[5], tokens=4):
+                wait_until(sidecar.settled, 60, "the sidecar is engaged")
+            before, pinned = read_bytes(sidecar.child.pid), sidecar.metrics()["pinned_bytes"]
+            server.completion([20 + i % 90 for i in range(256)], 1)
+            time.sleep(1.2)
+            after = sidecar.metrics()["pinned_bytes"]
+            assert after < pinned, "the prompt needed no memory"
+            read = read_bytes(sidecar.child.pid) - before
+            streamed = sidecar.end()["model_bytes"] - after
+            print(f"{read} bytes read for the prompt, {streamed} are streamed")
+            assert read <= 1.1 * streamed + 24 * MIB  # of the window: what the next token needs first
+        let_go(group)
+
+
 def test_slots_prompts_shifted_contexts_and_idle_times(start: Callable[..., Any], tmp_path: Path) -> None:
     slots = ("--parallel", "2", "--context-shift")
     with start(LIMIT + 16 * MIB, "slots-", ctx=512, extra=slots) as (server, group):
