@@ -62,6 +62,8 @@ def hindered(daemon: Daemon, server: MadeUp, words: str) -> None:
     wait_until(
         lambda: daemon.total("llmtraced_tensor_faults_total", pid=str(server.pid)) > before + 100, 20, "metrics go on"
     )
+    lost = {"probe": "faults", "outcome": "dropped"}  # later than the pause: what was on its way may still be written
+    wait_until(lambda: daemon.total("llmtraced_events_total", **lost) > 0, 20, "what is missed counts as dropped")
     text = daemon.log.read_text()
     assert words in text
     assert text.count(f"process {server.pid}: ") - text.count("uprobe") - text.count("uretprobe") <= 2, text
