@@ -320,8 +320,8 @@ class Sidecar:
 
     def _wake(self) -> None:
         """Be woken at the operators that matter."""
-        if self.work is not None and self.ring is not None and self.work.turned:
-            self.work.turned = False
+        if self.work is not None and self.ring is not None and self.work.changed:
+            self.work.changed = False
             wakes = dict.fromkeys(self.work.wakes(self.marks), 1)
             self.ring.wake_at(wakes | (self.mixture.wakes() if self.mixture is not None else {}))
 

@@ -37,7 +37,7 @@ class Work:
     Attributes:
         pinned: chunks that are locked.
         stream: the chunks of a token, where some move through the window; None: nothing does.
-        turned: whether other chunks move than when this was last made false.
+        changed: whether other chunks move than when this was last made false.
         totals: chunks ``used``, ``late``, ``missed``, ``wasted``, ``failed``; ``read_bytes``; ``ahead_ns``.
         reading_ns: time in which the stream had something to read, about.
     """
@@ -59,7 +59,7 @@ class Work:
         self.fixed_window, self.window, self.depth, self.say, self.kept = window, window, depth, say, kept
         self.pinned: dict[tuple[int, int], Chunk] = {}
         self.stream: Stream | None = None
-        self.turned = False
+        self.changed = False
         self.totals = dict.fromkeys(("used", "late", "missed", "wasted", "ahead_ns", "failed", "read_bytes"), 0)
         self.reading_ns = 0
         self._moved, self._asked = 0, 0  # when the stream was moved last; chunks that were under way then
@@ -109,7 +109,7 @@ class Work:
             if todo:
                 self._pinner = threading.Thread(target=self._pin, args=(todo,), daemon=True)
                 self._pinner.start()
-        self.turned = True
+        self.changed = True
         self.say(
             f"pinning {sum(c.nbytes for c in pin) >> 20} MB, "
             + (
@@ -188,7 +188,7 @@ class Work:
         """Have chunks streamed that are not pinned any more, or could not be."""
         if self.stream is not None and chunks:
             self.stream.free(chunks)
-            self.turned = True
+            self.changed = True
 
     def _end_pinning(self) -> None:
         if self._pinner is not None:
@@ -249,7 +249,7 @@ class Work:
                 self.pages[chunk.file].unpin(chunk.number)
         if held := [stream.chunks[i] for i in stream.turned()]:
             self._free(held[self._lock(held) :])
-            self.turned = True
+            self.changed = True
         if not (back or read or self._lingering):
             return  # as most times: the server comes to more operators than chunks
         wanted = stream.wanted()
