@@ -90,7 +90,8 @@ class Recorder:
 
     def remove(self, session: Session) -> None:
         """Stop tracing a process; what is left of it is written by and by, and then it is in :meth:`ended`."""
-        self.tracer.remove_process(session.slot)
+        self._drain()  # it is looked at for what has come until now
+        session.detach()
         self.flush(last=session)
         with self.lock:
             del self.sessions[session.slot]
@@ -145,10 +146,12 @@ class Recorder:
         number = self.tracer.next_epoch()
         deadline = time.monotonic() + _SETTLE_SECONDS
         self._drain()
-        while not all(s.settled(number) for s in self.sessions.values()):
+        while missing := {s.target.pid: left for s in self.sessions.values() if (left := s.missing(number))}:
             if time.monotonic() > deadline:
                 self.unsettled += 1
-                log.warning("the account of the last interval does not add up yet; its files say by how much")
+                for pid, left in missing.items():
+                    what = ", ".join(f"{n:+d} {probe}" for probe, n in left.items())
+                    log.warning("process %d: the account of the last interval does not add up yet: %s", pid, what)
                 break
             time.sleep(0.001)
             self._drain()

@@ -96,6 +96,7 @@ class Session:
         unbacked: tensors that the process computes with from elsewhere than the mapping.
         problems: what cannot be traced in this process, a sentence each.
         marks: records of graphs that begin, kept where a list has been put: whoever put it there empties it.
+        detached: the process is not traced any more; what was recorded of it may not all have been read.
     """
 
     def __init__(self, tracer: Tracer, target: Target, writer: TraceWriter, detail: Detail, phase: Phase) -> None:
@@ -113,7 +114,7 @@ class Session:
         self.backed: set[int] = set()
         self.marks: list[NDArray[Any]] | None = None
         self.ledger = Ledger(writer, target.pid)
-        self.described = False
+        self.described = self.detached = False
         self._epochs: dict[int, _Epoch] = {}
         self._refused: set[str] = set()
         self._weights: dict[int, tuple[int, int]] = {}
@@ -241,6 +242,11 @@ class Session:
         if not self.clocked or experts != self._experts or self._hooked != self.target.symbols:
             self.set_detail(self.detail)
 
+    def detach(self) -> None:
+        """Trace the process no more; records of it may still be taken, but it is not looked at for them."""
+        self.detached = True
+        self.tracer.remove_process(self.slot)
+
     def _is_being_asked(self) -> bool:
         """Whether a library that evaluates graphs is only there to be asked if it is the best for this processor."""
         library = self.target.symbols.get(EVALUATE)
@@ -259,7 +265,10 @@ class Session:
         self.writer.describe({"detail": detail.name.lower()})
         if not self.target.mapped_bytes and (EVALUATE not in self.target.symbols or self._unsettled):
             return  # still loading its libraries
-        self._hooked = self.target.symbols
+        symbols = self.target.symbols
+        if not self.target.alive:
+            return  # of what has ended no symbol can be read, which would be told of its build
+        self._hooked = symbols
         lost = self.tracer.set_detail(self.slot, detail, self._hooked, experts=self._experts)
         lost += [self.target.rivalry] if self.target.rivalry else []
         self.problems = [p for p in self.problems if p not in self._lost] + lost
@@ -283,9 +292,9 @@ class Session:
 
     def _look_at_graph(self, mark: NDArray[Any]) -> None:
         address = int(mark["a"])
-        self.refresh()  # the model may have been mapped since the last look, and a graph is judged only once
-        weights = known_weights(self.models, self._address)
         try:
+            self.refresh()  # the model may have been mapped since the last look, and a graph is judged only once
+            weights = known_weights(self.models, self._address)
             read = memory_reader(self.target.pid)
             if self.layout is None:
                 self._tries += 1
@@ -373,7 +382,8 @@ class Session:
         kinds = events["kind"]
         marks = events[kinds == Kind.TOKEN]
         if len(marks):
-            self._look_at_graphs(marks)
+            if not self.detached:
+                self._look_at_graphs(marks)
             if self.marks is not None:
                 self.marks.append(marks)
         generations = events["mark"] >> 4
@@ -403,11 +413,12 @@ class Session:
         """What it has cost so far."""
         return Load(self._records, self._dropped)
 
-    def settled(self, number: int) -> bool:
-        """Tell whether all of an ended epoch's records are here."""
+    def missing(self, number: int) -> dict[str, int]:
+        """Return how many events of an ended epoch were counted and neither delivered nor dropped, by probe; not 0."""
         kernel = self.tracer.account(self.slot, number)
         epoch = self._epochs.get(number) or _Epoch()
-        return bool((kernel["counted"] == kernel["dropped"] + epoch.delivered.astype(np.uint64)).all())
+        left = kernel["counted"].astype(np.int64) - kernel["dropped"].astype(np.int64) - epoch.delivered
+        return {probe.name.lower(): int(left[probe]) for probe in Probe if left[probe]}
 
     def end_epoch(self, number: int) -> tuple[NDArray[Any], Account]:
         """Return an ended epoch's records and its account, and forget them."""

@@ -87,11 +87,20 @@ def start_ticks(pid: int) -> int:
     Raises:
         ProcessLookupError: there is no such process.
     """
+    return _statistics(pid)[19]
+
+
+def _statistics(pid: int) -> list[int]:
+    """Return the numbers of ``/proc/PID/stat`` (proc_pid_stat(5)) from the 3rd on, which is a letter: 0.
+
+    Raises:
+        ProcessLookupError: there is no such process.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError) as error:
         raise ProcessLookupError(pid) from error
-    return int(text[text.rindex(b")") + 2 :].split()[19])
+    return [0, *map(int, text[text.rindex(b")") + 2 :].split()[1:])]
 
 
 def maps_text(pid: int) -> bytes:
@@ -202,9 +211,13 @@ class Target:
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs (and its pid was not given to another)."""
+        """Whether the process still has its memory (and its pid was not given to another).
+
+        One that ends has none for a while before it is a zombie: nothing that is read of it then means anything.
+        """
         try:
-            return start_ticks(self.pid) == self.start and not _is_zombie(self.pid)
+            *_, start, virtual_bytes = _statistics(self.pid)[:21]
+            return start == self.start and virtual_bytes > 0
         except (ProcessLookupError, PermissionError):
             return False
 
@@ -266,11 +279,6 @@ class Target:
             f"ggml is in this process several times: graphs that {printable(self.symbols[EVALUATE].library)} evaluates "
             f"are seen, those of {others} are not"
         )
-
-
-def _is_zombie(pid: int) -> bool:
-    text = Path(f"/proc/{pid}/stat").read_bytes()
-    return text[text.rindex(b")") + 2 : text.rindex(b")") + 3] == b"Z"
 
 
 def scan(pids: Iterable[int] | None = None, *, known: Iterable[int] = ()) -> Iterator[Target]:

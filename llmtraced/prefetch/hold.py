@@ -94,6 +94,7 @@ def main(fd: int) -> int:
     How much is written to standard output, in bytes: 0, where nothing is held.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who has started it gets it, too, and ends
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who has started it has ended: so do we
     with os.fdopen(fd) as stream:
         config = json.load(stream)
     try:

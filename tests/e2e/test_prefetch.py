@@ -63,8 +63,10 @@ def locked(group: MemoryCgroup) -> int:
     return group.stat()["unevictable_bytes"]
 
 
-def let_go(group: MemoryCgroup) -> None:
+def let_go(server: Server, group: MemoryCgroup) -> None:
+    """Wait until nothing is locked, and nobody else is there: who holds pages ends when its pipe does."""
     wait_until(lambda: locked(group) < HARDLY, 10, "what was locked is let go of")
+    wait_until(lambda: {*group.pids()} <= {server.pid}, 10, "nobody else is there")
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +165,7 @@ def test_tokens_stay_the_same_and_reads_fall(
     assert summary["ticks_lost"] < summary["tokens"]  # told, not hidden
     assert summary["failed_reads"] == 0
     assert summary["used_bytes"] > 0
-    let_go(group)
+    let_go(server, group)
     assert not proc.exists()
     assert read_per_token(server, expected) > unaided / 2  # as before: nothing was left behind
 
@@ -194,7 +196,7 @@ def test_huge_pages_of_a_server_that_has_just_started_are_kept(start: Callable[.
             summary = sidecar.end()
         assert summary["state"] == "engaged"
         assert "huge pages" in summary["why"]
-        let_go(group)
+        let_go(server, group)
         for _ in range(3):
             answers.add(server.completion(PROMPT, TOKENS)["content"])
         assert len(answers) == 1
@@ -260,7 +262,7 @@ def test_the_page_table_is_a_clock_as_well(
         summary = sidecar.end()
     assert summary["clock"] == "page table"
     assert summary["failed_reads"] == 0
-    let_go(group)
+    let_go(server, group)
 
 
 @pytest.mark.parametrize("strategy", ["pin", "pattern", "uring"])
@@ -277,7 +279,7 @@ def test_each_strategy_works(
     assert (summary["prefetched_bytes"] == 0) == (strategy == "pin")
     assert summary["failed_reads"] == 0
     assert summary["path"] == {"pin": "huge", "pattern": "readahead", "uring": "uring"}[strategy]
-    let_go(group)
+    let_go(server, group)
 
 
 def test_a_plan_of_another_model_is_refused(pressed: tuple[Server, MemoryCgroup], tmp_path: Path) -> None:
@@ -304,7 +306,7 @@ def test_a_plan_of_this_model_is_followed(
             wait_until(sidecar.settled, 60, "the sidecar is engaged")
         reads_less(server, expected, unaided / 2)
         sidecar.end()
-    let_go(group)
+    let_go(server, group)
 
 
 def test_a_model_that_fits_is_left_alone(start: Callable[..., Any], tmp_path: Path) -> None:
@@ -329,7 +331,7 @@ def test_it_ends_with_the_server(start: Callable[..., Any], tmp_path: Path) -> N
         assert summary["used_bytes"] > 0
         assert f"process {server.pid} has ended" in sidecar.said()
         assert "Traceback" not in sidecar.said()
-        let_go(group)
+        let_go(server, group)
 
 
 def test_it_ends_with_a_server_that_is_killed_in_a_token(start: Callable[..., Any], tmp_path: Path) -> None:
@@ -378,7 +380,7 @@ def test_it_follows_the_limit(start: Callable[..., Any], tmp_path: Path) -> None
                 )
                 assert group.usage() <= LIMIT
             sidecar.end()
-        let_go(group)
+        let_go(server, group)
 
 
 def test_a_prompt_that_needs_memory_has_no_more_read_for_it(start: Callable[..., Any], tmp_path: Path) -> None:
@@ -396,7 +398,7 @@ def test_a_prompt_that_needs_memory_has_no_more_read_for_it(start: Callable[...,
             streamed = sidecar.end()["model_bytes"] - after
             print(f"{read} bytes read for the prompt, {streamed} are streamed")
             assert read <= 1.1 * streamed + 24 * MIB  # of the window: what the next token needs first
-        let_go(group)
+        let_go(server, group)
 
 
 def test_slots_prompts_shifted_contexts_and_idle_times(start: Callable[..., Any], tmp_path: Path) -> None:
@@ -431,7 +433,7 @@ def test_slots_prompts_shifted_contexts_and_idle_times(start: Callable[..., Any]
         assert summary["state"] == "engaged"
         assert summary["ticks_lost"] < summary["tokens"]  # told, not hidden
         assert summary["recall"] > 0.5
-        let_go(group)
+        let_go(server, group)
 
 
 def test_a_split_model(start: Callable[..., Any], tmp_path: Path) -> None:
@@ -447,7 +449,7 @@ def test_a_split_model(start: Callable[..., Any], tmp_path: Path) -> None:
             reads_less(server, expected, unaided / 2)
             summary = sidecar.end()
         assert summary["model_bytes"] > 0.9 * SIZE
-        let_go(group)
+        let_go(server, group)
 
 
 NURSERY = """
@@ -487,8 +489,7 @@ def test_a_kill_leaves_nothing_pinned(
         assert locked(group) > 3 * HARDLY
         sidecar.child.kill()
         sidecar.child.wait()
-        let_go(group)
-        assert group.pids() == [server.pid]
+        let_go(server, group)
     assert group.stat().get("oom_kill", 0) == 0
     assert read_per_token(server, expected) > unaided / 2
 
@@ -511,14 +512,13 @@ def test_a_hundred_kills_change_no_byte(
                 time.sleep(rng.uniform(0, 4))
                 assert sidecar.child.poll() is None, sidecar.said()
                 sidecar.child.kill()
-        let_go(group)
-        assert group.pids() == [server.pid]
+        let_go(server, group)
         known = len(answers)
         wait_until(lambda: len(answers) > known, 60, "the server goes on")
         with Sidecar(server.pid, tmp_path, "--trial", "0") as sidecar:  # nothing of its forerunners is in its way
             wait_until(sidecar.settled, 60, "the sidecar is engaged")
             sidecar.end()
-    let_go(group)
+    let_go(server, group)
     assert group.stat().get("oom_kill", 0) == 0
     assert read_per_token(server, expected) > unaided / 2
 
@@ -566,7 +566,7 @@ def test_a_mixtures_choices_are_known_before_they_are_made(
         assert told["read_bytes"] > 0
         assert told["failed_reads"] == 0
         assert 0 < told["held_bytes"] <= told["capacity_bytes"] <= limit
-        let_go(group)
+        let_go(server, group)
         assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
 
 

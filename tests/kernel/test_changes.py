@@ -17,9 +17,13 @@ from running import Daemon, MadeUp, accounts, build, sums
 from llmtraced.analysis.trace import open_trace
 from llmtraced.bench import models
 from llmtraced.capture import Capture
+from llmtraced.description import session_metadata, session_name
 from llmtraced.metrics import tensor_totals
 from llmtraced.probes.tracer import Tracer
+from llmtraced.recorder import Recorder
 from llmtraced.schema import Detail, Phase
+from llmtraced.store import TraceWriter
+from llmtraced.target import find_target
 
 pytestmark = pytest.mark.kernel
 
@@ -170,6 +174,49 @@ def test_a_cpu_that_goes_offline_and_comes_back(on_cpu_1: tuple[Path, Daemon, Ma
     (end,) = daemon.said("end", pid=server.pid)
     rows = open_trace(daemon.trace, end["session"]).table("faults").collect()
     assert rows["major"].null_count() == 0, "each has an end"
+
+
+def test_a_graph_that_begins_as_its_process_is_removed(
+    program: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record is taken when nothing is attached any more; what the process has in memory has changed just then."""
+    tracer = Tracer()
+    recorder = Recorder(tracer, flush_seconds=60)
+    with MadeUp(program, small_model) as server:
+        target = find_target(server.pid)
+        writer = TraceWriter(tmp_path / "trace", session_name(target), session_metadata(target, Detail.FAULTS))
+        session = recorder.add(target, writer, Detail.FAULTS, Phase.UNKNOWN)
+        assert session.clocked
+        remove = session.detach
+
+        def at_the_last_moment() -> None:
+            monkeypatch.setattr(session, "_maps", b"others")
+            monkeypatch.setattr(session, "_hooked", {})
+            assert server.do("g")
+            remove()
+
+        monkeypatch.setattr(session, "detach", at_the_last_moment)
+        recorder.remove(session)
+    recorder.close()
+    tracer.close()
+    assert session.account["tokens"]["counted"] == session.account["tokens"]["delivered"] > 0
+
+
+def test_what_ends_while_it_is_looked_at_is_not_judged(
+    program: Path, small_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its symbols cannot be read any more: that its build has none would be untrue."""
+    tracer = Tracer()
+    recorder = Recorder(tracer, flush_seconds=60)
+    with MadeUp(program, small_model) as server:
+        target = find_target(server.pid)
+    assert not target.symbols
+    session = recorder.add(target, TraceWriter(None, session_name(target), {}), Detail.FAULTS, Phase.UNKNOWN)
+    recorder.remove(session)
+    recorder.close()
+    tracer.close()
+    assert "no such symbol" not in caplog.text
+    assert not session.problems
 
 
 def test_a_cpu_was_not_away_because_there_was_nothing_to_trace(caplog: pytest.LogCaptureFixture) -> None:

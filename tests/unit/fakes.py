@@ -56,6 +56,12 @@ def pages(file: int, first: int, count: int, comm: bytes = b"llama-server") -> d
     return {"a": file << 48 | first, "b": count | 7 << 32, "c": int(words[0]), "d": int(words[1])}
 
 
+class Living(Target):
+    """A process that has not ended, whoever has its number."""
+
+    alive = True  # type: ignore[assignment]
+
+
 def target(models: dict[str, Model], *, pid: int = 0, base: int | None = 0x7F00_0000_0000) -> Target:
     """Return a target whose files are mapped one after the other from ``base`` (None: nowhere)."""
     files, at = [], base
@@ -68,7 +74,7 @@ def target(models: dict[str, Model], *, pid: int = 0, base: int | None = 0x7F00_
                 where = (targets.Mapping(at, at + length, "r--s", 0, 8 << 20, inode, str(shard.path), False),)
                 at += length + 4096
             files.append(ModelFile(label, number, 8 << 20, inode, where))
-    made = Target(pid or os.getpid(), 1, "llama-server", ["llama-server"], dict(models), files)
+    made = Living(pid or os.getpid(), 1, "llama-server", ["llama-server"], dict(models), files)
     made.symbols = {}  # type: ignore[misc]  # nothing of ours is ggml
     return made
 

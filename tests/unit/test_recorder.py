@@ -230,19 +230,20 @@ def test_an_account_that_does_not_add_up_is_reported(
     tracer.ring_batches.append(events(*[event(Kind.FAULT, 1, **FAULT)] * 3))
     flushed(recorder)
     assert recorder.unsettled == 1
-    assert "does not add up" in caplog.text
+    assert "does not add up yet: +1 faults" in caplog.text
     assert files(tmp_path, "faults") == [(3, {"faults": cell(5, 3, 1)})], "the file says by how much"
 
 
-def test_settled_and_end_epoch(recorder: Recorder, tracer: FakeTracer) -> None:
+def test_missing_and_end_epoch(recorder: Recorder, tracer: FakeTracer) -> None:
     session = add(recorder, None)
-    assert session.settled(0)
+    assert session.missing(0) == {}
     counted(recorder, 0, Probe.OPS, 4, 1)
-    assert not session.settled(0)
+    assert session.missing(0) == {"ops": 3}
     session.take(events(*[event(Kind.OP, 1)] * 2))
-    assert not session.settled(0)
+    assert session.missing(0) == {"ops": 1}
     session.take(events(event(Kind.OP, 2), event(Kind.OP, 3, epoch=1)))
-    assert session.settled(0)
+    assert session.missing(0) == {}
+    assert session.missing(1) == {"ops": -1}, "more than was counted is no less wrong"
     assert session.buffered == 4
     taken, account = session.end_epoch(0)
     assert taken["ts"].tolist() == [1, 1, 2]

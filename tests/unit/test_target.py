@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,30 @@ def test_a_process_whose_name_looks_like_its_numbers() -> None:
         child.communicate("\n")
     uptime = float(Path("/proc/uptime").read_text().split()[0]) * os.sysconf("SC_CLK_TCK")
     assert ours <= theirs <= uptime
+
+
+def test_what_has_ended_is_not_alive() -> None:
+    """Neither as a zombie, nor when its parent has taken notice."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        one = target.Target(child.pid, target.start_ticks(child.pid), "cat", ["cat"])
+        assert one.alive
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert target.start_ticks(child.pid) == one.start
+        assert not one.alive
+    assert not one.alive
+    assert not target.Target(os.getpid(), one.start, "python", ["python"]).alive, "another with its number"
+
+
+def test_whether_it_is_alive_can_be_asked_at_any_moment_of_its_end() -> None:
+    for _ in range(200):
+        with subprocess.Popen(["true"]) as child:
+            one = target.Target(child.pid, target.start_ticks(child.pid), "true", ["true"])
+            ends = threading.Thread(target=child.wait)
+            ends.start()
+            while one.alive:
+                pass
+            ends.join()
 
 
 # --- symbols
