@@ -27,6 +27,7 @@ system:
 	command -v ip >/dev/null || missing="$$missing iproute2"; \
 	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	PATH=$$PATH:/usr/sbin:/sbin command -v mkfs.ext4 >/dev/null || missing="$$missing e2fsprogs"; \
+	PATH=$$PATH:/usr/sbin:/sbin command -v mkfs.xfs >/dev/null || missing="$$missing xfsprogs"; \
 	missing=$${missing/g++/g++ make}; \
 	test -n "$$missing" || exit 0; \
 	echo "installing:$$missing"; \

@@ -43,7 +43,6 @@ _RESERVE_LAYERS = 2  # of experts that are all read: so much room is made ahead
 _PIECES = 64  # speculative slices that may wait: more would only be late
 _STALE_NS = 5_000_000  # a tick that is taken up so late is of the past
 _STRAY_BYTES = 2 << 20
-_EDGES = 64 << 10  # of an expert that is not kept: what its neighbours have in common with it
 _SWEEPS = 8  # and all layers have been looked at
 
 
@@ -56,6 +55,8 @@ class _Layer:
         self.experts_mark: int | None = told["experts_mark"]
         self.slices = [tuple(one) for one in told["slices"]]  # file, offset of the first expert, bytes of each
         self.nbytes = sum(size for _, _, size in self.slices)
+        blocks = sum(pages[file].block for file, _, _ in self.slices)
+        self.footprint, self.edges = self.nbytes + blocks, 2 * blocks  # of one that begins anywhere
         self.attention_mark: int | None = told["attention_mark"]
         router = told["router"]
         self.weights = pages[router[0]].address(router[1]) if router else 0
@@ -377,16 +378,20 @@ class Mixture:
             self._done.append((one, size, False))
 
     def _give_back(self, one: int) -> None:
-        if self.residency.state[one] != ABSENT:
+        state, expert = self.residency.state, one % self.n_experts
+        if state[one] != ABSENT:
             return  # it was chosen again meanwhile
+        before = expert > 0 and state[one - 1] == ABSENT  # else it needs what is in one block with this one
+        after = expert + 1 < self.n_experts and state[one + 1] == ABSENT
         for pages, offset, size in self._ranges(one):
             with contextlib.suppress(OSError):
-                pages.give_back_range(offset, size)
+                pages.give_back_range(offset, size, before=before, after=after)
 
     # --- memory ----------------------------------------------------------------------------------------------------
 
     def hold(self, capacity: int) -> None:
-        """Keep experts in so many bytes from now on."""
+        """Keep experts in so many bytes of memory from now on: whole blocks are read, of which others have parts."""
+        capacity = capacity * self.total // (self.n_experts * sum(layer.footprint for layer in self.layers))
         if not self._threads:
             work = (*[self._reader] * _READERS, self._leaver)
             self._threads = [threading.Thread(target=one, daemon=True) for one in work]
@@ -413,7 +418,7 @@ class Mixture:
             whole = there >= residency.nbytes[one]
             if state == ABSENT and whole and residency.held + residency.nbytes[one] < residency.capacity:
                 residency.adopt([one])
-            elif state == ABSENT and there > _EDGES:
+            elif state == ABSENT and there > self.layers[one // self.n_experts].edges:
                 self._leaving.append(one)
             elif state == HERE and not there:
                 residency.gone(one)

@@ -36,6 +36,7 @@ PATHS = ("huge", "readahead", "willneed", "fadvise", "pread")
 server's mapping; posix_fadvise(2) POSIX_FADV_WILLNEED; reading it into a scratch buffer."""
 
 _PAGE = 4096
+_BLOCKS = (8192, 16384, 32768, 65536)  # what else f_bsize is, is a network's unit of transfer
 _PROT_READ, _MAP_SHARED = 1, 1
 _MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED = 1, 3, 4
 _MADV_HUGEPAGE, _MADV_PAGEOUT, _MADV_POPULATE_READ = 14, 21, 22
@@ -98,11 +99,15 @@ class Pages:
         size: of the file, bytes.
         huge: whether the mapping takes huge pages.
         counted: whether the kernel counts what is cached of a whole file in no time (cachestat(2), 6.5).
+        block: bytes that come and go together: a page, or the file system's block where that is larger (XFS with blocks
+            of up to 64 KiB, 6.12).
     """
 
     def __init__(self, fd: int, pidfd: int, maps: Sequence[tuple[int, int, int]]) -> None:
         self.fd, self.pidfd, self.maps = fd, pidfd, sorted(maps)
         self.size = os.fstat(fd).st_size
+        block = os.fstatvfs(fd).f_bsize
+        self.block = block if block in _BLOCKS else _PAGE
         # The kernel aligns a mapping of 2 MiB and more so that its huge pages fit (thp_get_unmapped_area).
         self._base, self._followed = _mapped(fd, self.size), _mapped(fd, self.size)
         whole = self.size // _PAGE * _PAGE
@@ -259,13 +264,21 @@ class Pages:
         for at in range(offset, offset + length, _PIECE):
             checked(_libc.readahead(self.fd, at, min(_PIECE, offset + length - at)))
 
-    def give_back_range(self, offset: int, length: int) -> None:
-        """Do as :meth:`give_back` and :meth:`drop` with the whole pages of any range; others use the pages at its ends.
+    def give_back_range(self, offset: int, length: int, *, before: bool = False, after: bool = False) -> None:
+        """Do as :meth:`give_back` and :meth:`drop` with the whole blocks of any range.
+
+        Args:
+            offset: of the range.
+            length: of it.
+            before: with its first block, of which what is before it in the file has a part.
+            after: with its last block, likewise.
 
         Raises:
             OSError: the server has ended.
         """
-        first, last = -(-offset // _PAGE) * _PAGE, (offset + length) // _PAGE * _PAGE
+        block, last = self.block, offset + length
+        first = (offset if before else offset + block - 1) // block * block
+        last = (last + block - 1 if after else last) // block * block
         for start, end, at in self.maps:
             low, high = max(first, at), min(last, at + end - start)
             if low < high:

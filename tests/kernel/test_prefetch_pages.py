@@ -9,6 +9,7 @@ import errno
 import os
 import random
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import need, wait_until
+from helpers import EMULATED, need, wait_until
+from running import mounted
 
 from llmtraced.bench.pressure import drop_cache
 from llmtraced.prefetch import pages as calls
@@ -70,9 +72,12 @@ class Server:
         ]
 
     def touch(self, chunk: int, count: int = 1) -> None:
+        self.touch_range(chunk * CHUNK, (chunk + count) * CHUNK)
+
+    def touch_range(self, first: int, last: int) -> None:
         assert self.child.stdin is not None
         assert self.child.stdout is not None
-        self.child.stdin.write(f"{chunk * CHUNK} {(chunk + count) * CHUNK}\n")
+        self.child.stdin.write(f"{first} {last}\n")
         self.child.stdin.flush()
         assert self.child.stdout.readline() == "touched\n"
 
@@ -560,6 +565,49 @@ def test_what_cannot_be_locked_is_streamed(pages: Pages, server: Server, monkeyp
     assert sum("cannot lock more than 2 MB" in line for line in said) == 2, "once a division"
     work.release()
     table.close()
+
+
+@pytest.fixture
+def coarse(tmp_path: Path) -> Iterator[Path]:
+    """A file system with blocks of 64 KiB, so that its pages come and go sixteen at a time."""
+    need(shutil.which("mkfs.xfs") or (EMULATED and pytest.skip("no mkfs.xfs here")), "needs mkfs.xfs")
+    image = tmp_path / "image"
+    with image.open("wb") as stream:
+        stream.truncate(512 << 20)  # sparse
+    subprocess.run(["mkfs.xfs", "-q", "-b", "size=65536", image], check=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            disk = stack.enter_context(mounted("xfs", str(image), tmp_path / "disk", "loop"))
+        except subprocess.CalledProcessError:
+            need(EMULATED and pytest.skip("no blocks larger than a page on this Linux"), "needs XFS of Linux 6.12")
+        yield disk
+
+
+def test_blocks_larger_than_a_page_are_given_back_whole_or_not_at_all(coarse: Path) -> None:
+    file = coarse / "model.bin"
+    file.write_bytes(random.Random(3).randbytes(4 * CHUNK))
+    assert drop_cache(file) == 0
+    block, first, second, end = 65536, CHUNK + 10_000, CHUNK + 1_000_000, CHUNK + 1_900_000  # two, side by side
+    borders = [first // block * block, second // block * block, -(-end // block) * block]
+    with contextlib.ExitStack() as stack:
+        server = Server(file)
+        stack.callback(server.end)
+        fd = os.open(file, os.O_RDONLY)
+        stack.callback(os.close, fd)
+        pages = Pages(fd, server.pidfd, server.maps)
+        stack.callback(pages.close)
+        there = lambda at=0, to=4 * CHUNK: pages.resident_range(at, to - at)  # noqa: E731
+        assert pages.block == block
+        pages.ask(first, end - first)
+        server.touch_range(first, end)
+        assert there() == there(borders[0], borders[2]) == borders[2] - borders[0]
+        pages.give_back_range(first, second - first)
+        assert there(borders[0] + block, borders[1]) == 0
+        assert there() == borders[2] - borders[1] + block, "both blocks that it has in common with what is beside it"
+        pages.give_back_range(first, second - first, before=True)
+        assert there() == borders[2] - borders[1], "all of the second one"
+        pages.give_back_range(second, end - second, before=True, after=True)
+        assert there() == 0
 
 
 def kernel_counter(name: str) -> int:

@@ -130,6 +130,8 @@ class FakePages:
         self.resident: set[tuple[int, int]] = set()
         self.asked: list[tuple[int, int]] = []
         self.given_back: list[tuple[int, int]] = []
+        self.ends: dict[tuple[int, int], tuple[bool, bool]] = {}
+        self.block = 4096
         self.fails = False
 
     def address(self, offset: int) -> int:
@@ -145,8 +147,9 @@ class FakePages:
     def resident_range(self, offset: int, size: int) -> int:
         return size if (offset, size) in self.resident else 0
 
-    def give_back_range(self, offset: int, size: int) -> None:
+    def give_back_range(self, offset: int, size: int, *, before: bool, after: bool) -> None:
         with self._lock:
+            self.ends[offset, size] = before, after
             self.resident.discard((offset, size))
             self.given_back.append((offset, size))
 
@@ -265,6 +268,41 @@ def test_the_coldest_go_when_the_memory_is_full(rig: Rig) -> None:
     assert rig.mixture.residency.held <= 4 * each
     assert rig.pages.given_back
     assert rig.slices(0, 0).isdisjoint(rig.pages.given_back)
+
+
+def test_what_two_have_in_common_goes_with_the_last_of_them(rig: Rig) -> None:
+    """A block of the file system at a border of experts stays while one of them is kept, and no longer."""
+    rig.mixture.hold(rig.mixture.total)
+    rig.mixture.begin()
+    rig.use(0, 0, 1)
+    rig.use(1, 5)
+    wait_until(lambda: rig.here(0, 0, 1) and rig.here(1, 5), 10, "three experts to be read")
+    rig.mixture.begin()
+    rig.use(0, 1)
+    rig.mixture.relieve(rig.mixture.residency.held - 1)  # all but what this token uses
+    wait_until(lambda: rig.slices(0, 1) == rig.pages.resident, 10, "two of them to be given back")
+    for slice_ in rig.slices(0, 0):
+        assert rig.pages.ends[slice_] == (False, False), "before it is another matrix, behind it an expert that is kept"
+    for slice_ in rig.slices(1, 5):
+        assert rig.pages.ends[slice_] == (True, True)
+    rig.mixture.begin()
+    rig.mixture.relieve(rig.mixture.residency.held)
+    wait_until(lambda: not rig.pages.resident, 10, "the last one to be given back")
+    for slice_ in rig.slices(0, 1):
+        assert rig.pages.ends[slice_] == (True, True)
+
+
+def test_whole_blocks_are_what_memory_holds(rig: Rig) -> None:
+    slices = rig.told["layers"][0]["slices"]
+    each = sum(size for _, _, size in slices)
+    rig.pages.block = 65536
+    other = Mixture(os.getpid(), [rig.pages], rig.told | {"code": None}, (), rig.said.append)  # type: ignore[list-item]
+    for mixture_, block in ((rig.mixture, 4096), (other, 65536)):
+        mixture_.hold(8 * (each + len(slices) * block))
+        assert 7 * each < mixture_.residency.capacity <= 8 * each
+        mixture_.hold(8 * each)
+        assert mixture_.residency.capacity < 8 * each
+    other.release()
 
 
 def test_memory_that_is_wanted_back_is_given(rig: Rig) -> None:
