@@ -23,7 +23,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from llmtraced.prefetch.clock import EXPERTS, INPUT, choices
@@ -44,6 +44,7 @@ _PIECES = 64  # speculative slices that may wait: more would only be late
 _STALE_NS = 5_000_000  # a tick that is taken up so late is of the past
 _STRAY_BYTES = 2 << 20
 _SWEEPS = 8  # and all layers have been looked at
+_AROUND = 8 << 20  # on each side of a fault that was too early: what the kernel reads, at readahead 8192 KB
 
 
 class _Layer:
@@ -148,6 +149,9 @@ class Mixture:
         self._early: deque[tuple[int, int]] = deque()
         self._leaving: deque[int] = deque()
         self._done: deque[tuple[int, int, bool]] = deque()
+        self._late: set[int] = set()  # of this token
+        self._doubted: deque[int] = deque()
+        self._seen: deque[tuple[int, int]] = deque()
         self._turn = threading.Condition()
         self._closed = False
         self._swept = 0
@@ -174,6 +178,8 @@ class Mixture:
         """
         if read > _STRAY_BYTES:
             self.sweep()
+            self._doubt({one for late in self._late for one in self._around(late)})
+        self._late.clear()
 
     def begin(self) -> None:
         """Take in that a graph begins."""
@@ -261,7 +267,9 @@ class Mixture:
         if known is not None and len(rows) == 1:  # of more rows, the input may have been overwritten when it was read
             self.surprises += len(used - known)
             self.checked += len(used)
-        read = self.residency.use(layer.number, self._numbers(layer, used))
+        numbers = self._numbers(layer, used)
+        self._late.update(one for one in numbers if self.residency.state[one] != HERE)
+        read = self.residency.use(layer.number, numbers)
         if fresh:
             self._fetch(read)
         else:
@@ -336,7 +344,9 @@ class Mixture:
                 self._turn.notify_all()
 
     def collect(self) -> None:
-        """Take in what has been read."""
+        """Take in what has been read, and what was looked at."""
+        while self._seen:
+            self._judge(*self._seen.popleft())
         while self._done:
             one, nbytes, failed = self._done.popleft()
             self.read_bytes += nbytes
@@ -363,8 +373,15 @@ class Mixture:
         while (wanted := self._next(self._urgent, self._early)) is not None:
             self._read(*wanted)
 
+    def _looker(self) -> None:
+        """Count what is in memory of what is doubted, in a thread: a look takes longer than a layer."""
+        hurry(1)
+        while (one := self._next(self._doubted)) is not None:
+            self._seen.append((one, self._there(one)))
+
     def _leaver(self) -> None:
         """Give back what is to go, in a thread."""
+        hurry(1)
         while (one := self._next(self._leaving)) is not None:
             self._give_back(one)
 
@@ -393,37 +410,49 @@ class Mixture:
         """Keep experts in so many bytes of memory from now on: whole blocks are read, of which others have parts."""
         capacity = capacity * self.total // (self.n_experts * sum(layer.footprint for layer in self.layers))
         if not self._threads:
-            work = (*[self._reader] * _READERS, self._leaver)
+            work = (*[self._reader] * _READERS, self._leaver, self._looker)
             self._threads = [threading.Thread(target=one, daemon=True) for one in work]
             for thread in self._threads:
                 thread.start()
             self.residency.capacity = capacity
-            self.sweep(adopt=True)
+            for one in range(len(self.residency.state)):
+                self._judge(one, self._there(one))
         self.residency.capacity = capacity
         self._make_room()
         self.say(f"keeping {capacity >> 20} of {self.total >> 20} MB of experts")
 
-    def sweep(self, *, adopt: bool = False) -> None:
-        """Compare with what is in memory: give back what the server has read by itself, note what is gone.
-
-        Looks at some of the layers, the next time at the next ones; or takes in what there is, of all.
-        """
-        count = len(self.layers) if adopt else -(-len(self.layers) // _SWEEPS)
+    def sweep(self) -> None:
+        """Have some of the layers compared with what is in memory, the next time the next ones."""
+        if self._doubted:
+            return  # it does not keep up
         first = self._swept * self.n_experts
-        self._swept = (self._swept + count) % len(self.layers)
-        residency = self.residency
-        for one in range(first, min(first + count * self.n_experts, len(residency.state))):
-            state = residency.state[one]
-            there = sum(pages.resident_range(o, n) for pages, o, n in self._ranges(one))
-            whole = there >= residency.nbytes[one]
-            if state == ABSENT and whole and residency.held + residency.nbytes[one] < residency.capacity:
-                residency.adopt([one])
-            elif state == ABSENT and there > self.layers[one // self.n_experts].edges:
-                self._leaving.append(one)
-            elif state == HERE and not there:
-                residency.gone(one)
+        self._swept = (self._swept + -(-len(self.layers) // _SWEEPS)) % len(self.layers)
+        self._doubt(range(first, self._swept * self.n_experts or len(self.residency.state)))
+
+    def _doubt(self, experts: Iterable[int]) -> None:
         with self._turn:
+            self._doubted.extend(experts)
             self._turn.notify_all()
+
+    def _around(self, one: int) -> range:
+        """Return the experts of which the kernel may have read something when one was used too early."""
+        layer = self.layers[one // self.n_experts]
+        far = -(-_AROUND // max(1, min(size for _, _, size in layer.slices)))
+        first = layer.number * self.n_experts
+        return range(max(one - far, first), min(one + far + 1, first + self.n_experts))
+
+    def _judge(self, one: int, there: int) -> None:
+        """Take in how many bytes of an expert are in memory."""
+        state, layer = self.residency.state[one], self.layers[one // self.n_experts]
+        room = self.residency.capacity - self.residency.held
+        if state == HERE and not there:
+            self.residency.gone(one)
+        elif state == ABSENT and layer.nbytes <= min(there, room):
+            self.residency.adopt([one])
+        elif state == ABSENT and there > layer.edges:
+            with self._turn:
+                self._leaving.append(one)
+                self._turn.notify_all()
 
     def relieve(self, nbytes: int) -> int:
         """Give up experts of that many bytes, the coldest first; return how many bytes will be free."""
@@ -431,6 +460,9 @@ class Mixture:
         self.residency.capacity = max(min(self.residency.capacity, before) - nbytes, 0)
         self._make_room()
         return before - self.residency.held
+
+    def _there(self, one: int) -> int:
+        return sum(pages.resident_range(offset, size) for pages, offset, size in self._ranges(one))
 
     def _ranges(self, one: int) -> list[tuple[Pages, int, int]]:
         return [self._range(one, at) for at in range(len(self.layers[one // self.n_experts].slices))]

@@ -131,7 +131,7 @@ class FakePages:
         self.asked: list[tuple[int, int]] = []
         self.given_back: list[tuple[int, int]] = []
         self.ends: dict[tuple[int, int], tuple[bool, bool]] = {}
-        self.block = 4096
+        self.block = 64  # its experts are small
         self.fails = False
 
     def address(self, offset: int) -> int:
@@ -297,12 +297,49 @@ def test_whole_blocks_are_what_memory_holds(rig: Rig) -> None:
     each = sum(size for _, _, size in slices)
     rig.pages.block = 65536
     other = Mixture(os.getpid(), [rig.pages], rig.told | {"code": None}, (), rig.said.append)  # type: ignore[list-item]
-    for mixture_, block in ((rig.mixture, 4096), (other, 65536)):
+    for mixture_, block in ((rig.mixture, 64), (other, 65536)):
         mixture_.hold(8 * (each + len(slices) * block))
         assert 7 * each < mixture_.residency.capacity <= 8 * each
         mixture_.hold(8 * each)
         assert mixture_.residency.capacity < 8 * each
     other.release()
+
+
+@pytest.mark.parametrize("room", [False, True])
+def test_what_the_server_has_read_by_itself_is_looked_for_around_what_was_late(rig: Rig, *, room: bool) -> None:
+    """It is kept where there is room for it, else it goes; and where nothing was read, nobody looks."""
+    each = sum(size for _, _, size in rig.told["layers"][0]["slices"])
+    rig.mixture.hold(rig.mixture.total if room else 2 * each)
+    stray = rig.slices(2, 7)
+    rig.pages.resident |= stray
+    rig.mixture.begin()
+    rig.use(2, 3)  # in the last layer, which is not the first to be swept
+    wait_until(lambda: rig.here(2, 3), 10, "an expert to be read")
+    rig.mixture.begin()
+    rig.use(2, 4)
+    rig.mixture.ended(0)
+    assert not rig.mixture._doubted
+    rig.mixture.begin()
+    rig.use(2, 5)
+    rig.mixture.ended(16 << 20)
+    if room:
+        wait_until(lambda: rig.here(2, 7), 10, "what is there to be known")
+    else:
+        wait_until(lambda: rig.here() and stray.isdisjoint(rig.pages.resident), 10, "it to be given back")
+    assert (stray <= rig.pages.resident) == room
+
+
+def test_what_has_gone_is_noted_by_and_by(rig: Rig) -> None:
+    rig.mixture.hold(rig.mixture.total)
+    rig.mixture.begin()
+    rig.use(1, 6)
+    wait_until(lambda: rig.here(1, 6), 10, "an expert to be read")
+    rig.pages.resident.clear()
+    for _ in rig.told["layers"]:
+        rig.mixture.sweep()
+        wait_until(lambda: not rig.mixture._doubted, 10, "a layer to be looked at")
+    wait_until(lambda: not rig.here(1, 6), 10, "it to be known")
+    assert rig.mixture.residency.held == 0
 
 
 def test_memory_that_is_wanted_back_is_given(rig: Rig) -> None:
