@@ -13,6 +13,7 @@ from queue import SimpleQueue
 from llmtraced.prefetch.iouring import MadviseRing
 from llmtraced.prefetch.pages import Pages
 from llmtraced.prefetch.policy import CHUNK
+from llmtraced.prefetch.turn import hurry
 
 __all__ = ["Threads", "Uring"]
 
@@ -67,6 +68,7 @@ class Threads:
 
     def _work(self) -> None:
         scratch = bytearray(CHUNK) if self.path == "pread" else None
+        hurry(1)
         while True:
             self._turns.get()
             if self._closed:

@@ -325,7 +325,7 @@ def test_what_the_server_has_read_by_itself_is_looked_for_around_what_was_late(r
     if room:
         wait_until(lambda: rig.here(2, 7), 10, "what is there to be known")
     else:
-        wait_until(lambda: rig.here() and stray.isdisjoint(rig.pages.resident), 10, "it to be given back")
+        wait_until(lambda: rig.here(2) and stray.isdisjoint(rig.pages.resident), 10, "it to be given back")
     assert (stray <= rig.pages.resident) == room
 
 
