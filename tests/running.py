@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -212,6 +213,11 @@ class Sidecar:
         """Tell whether it has become the bare sidecar."""
         assert self.child.poll() is None, (self.child.returncode, self.said())
         return b"llmtraced.prefetch.sidecar" in Path(f"/proc/{self.child.pid}/cmdline").read_bytes()
+
+    def first(self) -> bool:
+        """Tell whether each of its threads has its turn before ordinary ones: one alone can hold up all."""
+        threads = [int(task.name) for task in Path(f"/proc/{self.child.pid}/task").iterdir()]
+        return all(os.sched_getscheduler(one) & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO for one in threads)
 
     def settled(self) -> bool:
         """Tell whether it is engaged and pins no more."""

@@ -51,11 +51,15 @@ STRATEGIES: Final[Mapping[str, Mapping[str, Any]]] = {
 """What each does: pin chunks, stream the rest ahead of the server, give back behind it, keep and fetch a mixture's
 experts, and by which way of reading (empty: a short calibration says)."""
 
+_PAGE: Final = 4096
 _GRAPH_TRIES: Final = 8
 _MOST_WIDTH: Final = 16_384
 _NEVER: Final = 1 << 40  # tokens to watch first
 _LOCKED: Final = 0.9  # of what is mapped
 _LEAST_SHARE: Final = 0.05  # of what a token uses whole, that must be in the mapped file
+_FINE: Final = (
+    "its experts are read by the page; from XFS with blocks of 64 KiB they would come faster, see docs/prefetching.md"
+)
 _LEFT: Final = "a mixture of experts: what every token uses is managed, its experts are left to the kernel"
 _WAIT_SECONDS: Final = 5.0  # between lines that say what is waited for
 
@@ -144,6 +148,8 @@ def run(pid: int, options: Options) -> None:
             ticks.operators = False  # all are repacked: this model's graphs cannot be told from another's
         if merged and STRATEGIES[options.strategy]["experts"]:
             experts = _experts(model, layout, graph, numbers, unbacked & merged)
+            if experts is not None and all(os.fstatvfs(f["fd"]).f_bsize <= _PAGE for f in opened):
+                log.info(_FINE)
     else:
         learned = given or plans.from_tensors(label, model)
     _warn(learned, unbacked, enough=experts is not None)

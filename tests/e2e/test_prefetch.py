@@ -157,6 +157,7 @@ def test_tokens_stay_the_same_and_reads_fall(
             name for name in mapped for word in ("numpy", "bcc", "LLVM", "pyarrow", "polars", "gguf.") if word in name
         ]
         assert sidecar.child.pid in group.pids()
+        wait_until(sidecar.first, 20, "all of its threads go before the server's")
 
         summary = sidecar.end()
     assert summary["state"] == "engaged"
@@ -546,7 +547,9 @@ def test_a_mixtures_choices_are_known_before_they_are_made(
                 assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
             for _ in range(3):
                 assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
+            wait_until(sidecar.first, 20, "all of its threads go before the server's")
             assert group.usage() <= limit
+            assert ("blocks of 64 KiB" in sidecar.said()) == (os.statvfs(path).f_bsize <= 4096)
             summary = sidecar.end()
         told = summary["experts"]
         assert told["chosen"] >= 2 * TOKENS * shape.n_layers
