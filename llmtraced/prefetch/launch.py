@@ -28,12 +28,14 @@ from llmtraced.prefetch.clock import BEGIN, TickRing
 from llmtraced.prefetch.guesses import DEFAULT
 from llmtraced.prefetch.hold import let_go
 from llmtraced.prefetch.iouring import MadviseRing
+from llmtraced.prefetch.pages import block_of
 from llmtraced.prefetch.plan import Plan
 from llmtraced.prefetch.policy import CHUNK, slack_for
 from llmtraced.prefetch.routing import mixture
 from llmtraced.prefetch.told import FOLDER
 from llmtraced.probes import ticks as tick_probes
 from llmtraced.probes.ticks import Ticks
+from llmtraced.schema import PAGE
 from llmtraced.target import ModelFile, Target, find_target
 
 __all__ = ["STRATEGIES", "Options", "live_plan", "run"]
@@ -51,7 +53,6 @@ STRATEGIES: Final[Mapping[str, Mapping[str, Any]]] = {
 """What each does: pin chunks, stream the rest ahead of the server, give back behind it, keep and fetch a mixture's
 experts, and by which way of reading (empty: a short calibration says)."""
 
-_PAGE: Final = 4096
 _GRAPH_TRIES: Final = 8
 _MOST_WIDTH: Final = 16_384
 _NEVER: Final = 1 << 40  # tokens to watch first
@@ -148,7 +149,7 @@ def run(pid: int, options: Options) -> None:
             ticks.operators = False  # all are repacked: this model's graphs cannot be told from another's
         if merged and STRATEGIES[options.strategy]["experts"]:
             experts = _experts(model, layout, graph, numbers, unbacked & merged)
-            if experts is not None and all(os.fstatvfs(f["fd"]).f_bsize <= _PAGE for f in opened):
+            if experts is not None and all(block_of(f["fd"]) <= PAGE for f in opened):
                 log.info(_FINE)
     else:
         learned = given or plans.from_tensors(label, model)

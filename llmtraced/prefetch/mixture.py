@@ -150,8 +150,8 @@ class Mixture:
         self._leaving: deque[int] = deque()
         self._done: deque[tuple[int, int, bool]] = deque()
         self._late: set[int] = set()  # of this token
-        self._doubted: deque[int] = deque()
-        self._seen: deque[tuple[int, int]] = deque()
+        self._doubted: deque[int] = deque()  # to be looked at
+        self._seen: deque[tuple[int, int]] = deque()  # and how many bytes of it were there
         self._turn = threading.Condition()
         self._closed = False
         self._swept = 0
@@ -409,15 +409,14 @@ class Mixture:
     def hold(self, capacity: int) -> None:
         """Keep experts in so many bytes of memory from now on: whole blocks are read, of which others have parts."""
         capacity = capacity * self.total // (self.n_experts * sum(layer.footprint for layer in self.layers))
+        self.residency.capacity = capacity
         if not self._threads:
             work = (*[self._reader] * _READERS, self._leaver, self._looker)
             self._threads = [threading.Thread(target=one, daemon=True) for one in work]
             for thread in self._threads:
                 thread.start()
-            self.residency.capacity = capacity
             for one in range(len(self.residency.state)):
                 self._judge(one, self._there(one))
-        self.residency.capacity = capacity
         self._make_room()
         self.say(f"keeping {capacity >> 20} of {self.total >> 20} MB of experts")
 
@@ -425,9 +424,10 @@ class Mixture:
         """Have some of the layers compared with what is in memory, the next time the next ones."""
         if self._doubted:
             return  # it does not keep up
-        first = self._swept * self.n_experts
-        self._swept = (self._swept + -(-len(self.layers) // _SWEEPS)) % len(self.layers)
-        self._doubt(range(first, self._swept * self.n_experts or len(self.residency.state)))
+        first, count = self._swept, -(-len(self.layers) // _SWEEPS)
+        self._swept = (first + count) % len(self.layers)
+        last = min(first + count, len(self.layers))
+        self._doubt(range(first * self.n_experts, last * self.n_experts))
 
     def _doubt(self, experts: Iterable[int]) -> None:
         with self._turn:

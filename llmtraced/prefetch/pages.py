@@ -29,7 +29,7 @@ from typing import Any
 from llmtraced.prefetch.clock import PageTable
 from llmtraced.prefetch.policy import CHUNK
 
-__all__ = ["PATHS", "Pages", "checked", "copied"]
+__all__ = ["PATHS", "Pages", "block_of", "checked", "copied"]
 
 PATHS = ("huge", "readahead", "willneed", "fadvise", "pread")
 """Ways to bring a chunk in: touching a huge-page mapping; readahead(2); process_madvise(2) MADV_WILLNEED on the
@@ -80,6 +80,15 @@ def copied(pid: int, address: int, buffer: ctypes.Array[Any], nbytes: int) -> bo
     return done == nbytes
 
 
+def block_of(fd: int) -> int:
+    """Return how many bytes of a file come and go together: a page, or its file system's block where that is larger.
+
+    (XFS with blocks of up to 64 KiB, Linux 6.12.)
+    """
+    block = os.fstatvfs(fd).f_bsize
+    return block if block in _BLOCKS else _PAGE
+
+
 def _mapped(fd: int, size: int) -> int:
     address: int = _libc.mmap(None, size, _PROT_READ, _MAP_SHARED, fd, 0)
     if address == ctypes.c_void_p(-1).value:
@@ -99,15 +108,13 @@ class Pages:
         size: of the file, bytes.
         huge: whether the mapping takes huge pages.
         counted: whether the kernel counts what is cached of a whole file in no time (cachestat(2), 6.5).
-        block: bytes that come and go together: a page, or the file system's block where that is larger (XFS with blocks
-            of up to 64 KiB, 6.12).
+        block: bytes that come and go together (:func:`block_of`).
     """
 
     def __init__(self, fd: int, pidfd: int, maps: Sequence[tuple[int, int, int]]) -> None:
         self.fd, self.pidfd, self.maps = fd, pidfd, sorted(maps)
         self.size = os.fstat(fd).st_size
-        block = os.fstatvfs(fd).f_bsize
-        self.block = block if block in _BLOCKS else _PAGE
+        self.block = block_of(fd)
         # The kernel aligns a mapping of 2 MiB and more so that its huge pages fit (thp_get_unmapped_area).
         self._base, self._followed = _mapped(fd, self.size), _mapped(fd, self.size)
         whole = self.size // _PAGE * _PAGE

@@ -49,6 +49,15 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield running
 
 
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    tracer = Tracer()
+    made = Recorder(tracer, flush_seconds=60)
+    yield made
+    made.close()
+    tracer.close()
+
+
 def faults(daemon: Daemon, server: MadeUp) -> float:
     return daemon.total(FAULTS, pid=str(server.pid))
 
@@ -177,11 +186,9 @@ def test_a_cpu_that_goes_offline_and_comes_back(on_cpu_1: tuple[Path, Daemon, Ma
 
 
 def test_a_graph_that_begins_as_its_process_is_removed(
-    program: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recorder: Recorder, program: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its record is taken when nothing is attached any more; what the process has in memory has changed just then."""
-    tracer = Tracer()
-    recorder = Recorder(tracer, flush_seconds=60)
     with MadeUp(program, small_model) as server:
         target = find_target(server.pid)
         writer = TraceWriter(tmp_path / "trace", session_name(target), session_metadata(target, Detail.FAULTS))
@@ -197,24 +204,19 @@ def test_a_graph_that_begins_as_its_process_is_removed(
 
         monkeypatch.setattr(session, "detach", at_the_last_moment)
         recorder.remove(session)
-    recorder.close()
-    tracer.close()
+    recorder.wait()
     assert session.account["tokens"]["counted"] == session.account["tokens"]["delivered"] > 0
 
 
 def test_what_ends_while_it_is_looked_at_is_not_judged(
-    program: Path, small_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    recorder: Recorder, program: Path, small_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its symbols cannot be read any more: that its build has none would be untrue."""
-    tracer = Tracer()
-    recorder = Recorder(tracer, flush_seconds=60)
     with MadeUp(program, small_model) as server:
         target = find_target(server.pid)
     assert not target.symbols
     session = recorder.add(target, TraceWriter(None, session_name(target), {}), Detail.FAULTS, Phase.UNKNOWN)
     recorder.remove(session)
-    recorder.close()
-    tracer.close()
     assert "no such symbol" not in caplog.text
     assert not session.problems
 

@@ -567,10 +567,18 @@ def test_what_cannot_be_locked_is_streamed(pages: Pages, server: Server, monkeyp
     table.close()
 
 
+def lacks(what: str) -> None:
+    """Skip what a guest of another kernel cannot have."""
+    if EMULATED:
+        pytest.skip(f"this guest has no {what}")
+    need(False, f"needs {what}")
+
+
 @pytest.fixture
 def coarse(tmp_path: Path) -> Iterator[Path]:
     """A file system with blocks of 64 KiB, so that its pages come and go sixteen at a time."""
-    need(shutil.which("mkfs.xfs") or (EMULATED and pytest.skip("no mkfs.xfs here")), "needs mkfs.xfs")
+    if not shutil.which("mkfs.xfs"):
+        lacks("mkfs.xfs")
     image = tmp_path / "image"
     with image.open("wb") as stream:
         stream.truncate(512 << 20)  # sparse
@@ -579,7 +587,7 @@ def coarse(tmp_path: Path) -> Iterator[Path]:
         try:
             disk = stack.enter_context(mounted("xfs", str(image), tmp_path / "disk", "loop"))
         except subprocess.CalledProcessError:
-            need(EMULATED and pytest.skip("no blocks larger than a page on this Linux"), "needs XFS of Linux 6.12")
+            lacks("blocks larger than a page (Linux 6.12)")
         yield disk
 
 

@@ -25,6 +25,7 @@ from llmtraced.bench import models
 from llmtraced.errors import LlmtracedError
 from llmtraced.ggml_layout import Graph, Node
 from llmtraced.gguf_map import Model, read_model
+from llmtraced.prefetch import mixture as mixture_module
 from llmtraced.prefetch.clock import EXPERTS, INPUT
 from llmtraced.prefetch.mixture import Mixture
 from llmtraced.prefetch.routing import mixture
@@ -329,16 +330,27 @@ def test_what_the_server_has_read_by_itself_is_looked_for_around_what_was_late(r
     assert (stray <= rig.pages.resident) == room
 
 
+def test_the_last_layers_are_looked_at_where_layers_do_not_divide(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixture_module, "_SWEEPS", 2)
+    told = rig.told | {"code": None, "layers": rig.told["layers"][:3]}
+    one = Mixture(os.getpid(), [rig.pages], told, (), rig.said.append)  # type: ignore[list-item]
+    for first, last in ((0, 2), (2, 3)):
+        one.sweep()
+        assert list(one._doubted) == list(range(first * N_EXPERTS, last * N_EXPERTS))
+        one._doubted.clear()
+
+
 def test_what_has_gone_is_noted_by_and_by(rig: Rig) -> None:
     rig.mixture.hold(rig.mixture.total)
     rig.mixture.begin()
     rig.use(1, 6)
-    wait_until(lambda: rig.here(1, 6), 10, "an expert to be read")
+    rig.use(2, 6)
+    wait_until(lambda: rig.here(1, 6) and rig.here(2, 6), 10, "two experts to be read")
     rig.pages.resident.clear()
     for _ in rig.told["layers"]:
         rig.mixture.sweep()
-        wait_until(lambda: not rig.mixture._doubted, 10, "a layer to be looked at")
-    wait_until(lambda: not rig.here(1, 6), 10, "it to be known")
+        wait_until(lambda: not rig.mixture._doubted, 10, "some layers to be looked at")
+    wait_until(lambda: not rig.here(1, 6) and not rig.here(2, 6), 10, "it to be known")
     assert rig.mixture.residency.held == 0
 
 
