@@ -314,7 +314,7 @@ def test_what_the_server_has_read_by_itself_is_looked_for_around_what_was_late(r
     stray = rig.slices(2, 7)
     rig.pages.resident |= stray
     rig.mixture.begin()
-    rig.use(2, 3)  # in the last layer, which is not the first to be swept
+    rig.use(2, 3)  # in a layer that is not the first to be swept
     wait_until(lambda: rig.here(2, 3), 10, "an expert to be read")
     rig.mixture.begin()
     rig.use(2, 4)
