@@ -28,14 +28,12 @@ from llmtraced.prefetch.clock import BEGIN, TickRing
 from llmtraced.prefetch.guesses import DEFAULT
 from llmtraced.prefetch.hold import let_go
 from llmtraced.prefetch.iouring import MadviseRing
-from llmtraced.prefetch.pages import block_of
 from llmtraced.prefetch.plan import Plan
 from llmtraced.prefetch.policy import CHUNK, slack_for
 from llmtraced.prefetch.routing import mixture
 from llmtraced.prefetch.told import FOLDER
 from llmtraced.probes import ticks as tick_probes
 from llmtraced.probes.ticks import Ticks
-from llmtraced.schema import PAGE
 from llmtraced.target import ModelFile, Target, find_target
 
 __all__ = ["STRATEGIES", "Options", "live_plan", "run"]
@@ -58,9 +56,6 @@ _MOST_WIDTH: Final = 16_384
 _NEVER: Final = 1 << 40  # tokens to watch first
 _LOCKED: Final = 0.9  # of what is mapped
 _LEAST_SHARE: Final = 0.05  # of what a token uses whole, that must be in the mapped file
-_FINE: Final = (
-    "its experts are read by the page; from XFS with blocks of 64 KiB they would come faster, see docs/prefetching.md"
-)
 _LEFT: Final = "a mixture of experts: what every token uses is managed, its experts are left to the kernel"
 _WAIT_SECONDS: Final = 5.0  # between lines that say what is waited for
 
@@ -149,8 +144,6 @@ def run(pid: int, options: Options) -> None:
             ticks.operators = False  # all are repacked: this model's graphs cannot be told from another's
         if merged and STRATEGIES[options.strategy]["experts"]:
             experts = _experts(model, layout, graph, numbers, unbacked & merged)
-            if experts is not None and all(block_of(f["fd"]) <= PAGE for f in opened):
-                log.info(_FINE)
     else:
         learned = given or plans.from_tensors(label, model)
     _warn(learned, unbacked, enough=experts is not None)

@@ -17,33 +17,30 @@ measured by it.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import threading
 import time
 from array import array
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from llmtraced.prefetch.clock import EXPERTS, INPUT, choices
 from llmtraced.prefetch.experts import ABSENT, HERE, Residency
 from llmtraced.prefetch.guesses import SURE, CoActivation, LastTokens, Margin, Tally
-from llmtraced.prefetch.pages import Pages, copied
+from llmtraced.prefetch.movers import Movers
+from llmtraced.prefetch.pages import PAGE, Pages, copied
 from llmtraced.prefetch.router import Router
-from llmtraced.prefetch.turn import hurry
+from llmtraced.prefetch.slices import Slices
 
 __all__ = ["Mixture"]
 
-_One = TypeVar("_One")
-
-_READERS = 2
 _ROWS = 8  # tokens of a batch whose choices are worked out
 _RESERVE_LAYERS = 2  # of experts that are all read: so much room is made ahead
 _PIECES = 64  # speculative slices that may wait: more would only be late
 _STALE_NS = 5_000_000  # a tick that is taken up so late is of the past
 _STRAY_BYTES = 2 << 20
 _SWEEPS = 8  # and all layers have been looked at
+_JUDGED = 16  # experts at a tick, of what was looked at
+_FINE = "its experts are read by the page here; where they could come in larger ones, see docs/prefetching.md"
 _AROUND = 8 << 20  # on each side of a fault that was too early: what the kernel reads, at readahead 8192 KB
 
 
@@ -88,6 +85,7 @@ class Mixture:
         told: ``routing.mixture``: layers in order, experts and how many are used, length of the routers' input.
         predict: what to guess by, of guesses.SOURCES.
         say: where to tell what is done.
+        large: whether to read experts in large folios, if the kernel does that (:mod:`llmtraced.prefetch.folios`).
 
     Attributes:
         total: bytes of all experts.
@@ -103,12 +101,17 @@ class Mixture:
         told: Mapping[str, Any],
         predict: Collection[str],
         say: Callable[[str], None],
+        *,
+        large: bool = False,
     ) -> None:
         self.pid, self.pages, self.say = pid, pages, say
         self.layers = [_Layer(i, one, pages) for i, one in enumerate(told["layers"])]
         self.n_experts: int = told["n_experts"]
         self.n_used: int = told["n_used"]
         self.total = sum(layer.nbytes * self.n_experts for layer in self.layers)
+        self.slices = Slices(pages, [layer.slices for layer in self.layers], self.n_experts, large=large)
+        if not self.slices.large and all(one.block == PAGE for one in pages):
+            say(_FINE)
         self.router: Router | None = None
         if told["code"] is not None:
             self.router = Router(
@@ -140,22 +143,14 @@ class Mixture:
         }
         nbytes = [layer.nbytes for layer in self.layers for _ in range(self.n_experts)]
         self.residency = Residency(nbytes, self.n_experts, 0)
+        self.movers = Movers(self.slices, self.residency)
         self.seen = self.surprises = self.checked = 0
-        self.read_bytes = self.failed = self.lost = self.stale = 0
+        self.read_bytes = self.large_bytes = self.failed = self.lost = self.stale = 0
         self._chosen: dict[int, set[int]] = {}  # of this token, by layer: what its router's input said
         self._sure: set[int] = set()  # here, as of this token
         self._left: dict[int, int] = {}  # slices of an expert that are still to be read
-        self._urgent: deque[tuple[int, int]] = deque()
-        self._early: deque[tuple[int, int]] = deque()
-        self._leaving: deque[int] = deque()
-        self._done: deque[tuple[int, int, bool]] = deque()
         self._late: set[int] = set()  # of this token
-        self._doubted: deque[int] = deque()  # to be looked at
-        self._seen: deque[tuple[int, int]] = deque()  # and how many bytes of it were there
-        self._turn = threading.Condition()
-        self._closed = False
         self._swept = 0
-        self._threads: list[threading.Thread] = []
 
     # --- what the server does --------------------------------------------------------------------------------------
 
@@ -176,9 +171,11 @@ class Mixture:
 
         It is what its readahead took for good: megabytes around each fault. They must go before memory is full of them.
         """
-        if read > _STRAY_BYTES:
+        if read > self.residency.capacity // _SWEEPS:  # a prompt, for one
+            self.movers.doubt(range(len(self.residency.state)))
+        elif read > _STRAY_BYTES:
             self.sweep()
-            self._doubt({one for late in self._late for one in self._around(late)})
+            self.movers.doubt({one for late in self._late for one in self._around(late)})
         self._late.clear()
 
     def begin(self) -> None:
@@ -218,7 +215,7 @@ class Mixture:
             chosen = self._chosen[layer.number] = self._choose("router", layer, inputs, self._ones)
             self._guess("router", layer, chosen, ts)
         for source, later, scale in self._after[layer.number]:
-            if len(self._early) > _PIECES:
+            if self.movers.early > _PIECES:
                 break
             self._guess(source, later, self._choose(source, later, inputs, scale), ts, early=True)
         self._make_room()
@@ -228,7 +225,7 @@ class Mixture:
         """Have what will probably be chosen read, of which ``early`` says that nothing else may wait for it."""
         numbers = self._numbers(layer, experts)
         if not early:
-            self._promote(numbers)
+            self.movers.hasten(numbers)
         read = self.residency.expect(numbers)
         self._fetch(read, early=early)
         sizes = {one % self.n_experts: self.residency.nbytes[one] for one in read}
@@ -301,7 +298,7 @@ class Mixture:
         for one in numbers:
             if self.residency.state[one] == HERE and one not in self._sure:
                 self._sure.add(one)
-                if any(pages.resident_range(o, n) < n for pages, o, n in self._ranges(one)):
+                if not self.slices.whole(one):
                     self.residency.gone(one)
                     self.lost += 1
         return numbers
@@ -309,130 +306,53 @@ class Mixture:
     # --- reading and giving back -----------------------------------------------------------------------------------
 
     def _fetch(self, experts: list[int], *, early: bool = False) -> None:
-        """Ask for experts: all their first slices, then all their second ones, as the server will need them."""
-        if not experts:
-            return
-        slices = len(self.layers[experts[0] // self.n_experts].slices)
         for one in experts:
-            self._left[one] = slices
-        if not early:  # at once: the server is almost there
-            for one in experts:
-                self._read(one, 0)
-        with self._turn:
-            (self._early if early else self._urgent).extend(
-                (one, at) for at in range(0 if early else 1, slices) for one in experts
-            )
-            self._turn.notify_all()
-
-    def _promote(self, experts: list[int]) -> None:
-        """Make what was asked for early urgent."""
-        with self._turn:
-            if any(one in experts for one, _ in self._early):
-                self._urgent.extend(wanted for wanted in self._early if wanted[0] in experts)
-                left = [wanted for wanted in self._early if wanted[0] not in experts]
-                self._early.clear()  # in place: the readers hold it
-                self._early.extend(left)
-                self._turn.notify_all()
+            self._left[one] = self.slices.count(one)
+        self.movers.fetch(experts, early=early)
 
     def _make_room(self) -> None:
         """Have the coldest experts given back."""
         reserve = _RESERVE_LAYERS * self.n_used * max(layer.nbytes for layer in self.layers)
         go = self.residency.surplus(min(reserve, self.residency.capacity // 4))
         if go:
-            with self._turn:
-                self._leaving.extend(go)
-                self._turn.notify_all()
+            self.movers.leave(go)
 
     def collect(self) -> None:
         """Take in what has been read, and what was looked at."""
-        while self._seen:
-            self._judge(*self._seen.popleft())
-        while self._done:
-            one, nbytes, failed = self._done.popleft()
+        read, seen = self.movers.read, self.movers.seen
+        for _ in range(min(len(seen), _JUDGED)):
+            self._judge(*seen.popleft())
+        while read:
+            one, nbytes, large, failed = read.popleft()
             self.read_bytes += nbytes
+            self.large_bytes += large
             self.failed += failed
             self._left[one] = self._left.get(one, 1) - 1
             if not self._left[one]:
                 del self._left[one]
                 self.residency.arrived(one)
 
-    def _range(self, one: int, at: int) -> tuple[Pages, int, int]:
-        file, offset, size = self.layers[one // self.n_experts].slices[at]
-        return self.pages[file], offset + one % self.n_experts * size, size
-
-    def _next(self, *queues: deque[_One]) -> _One | None:
-        """Wait for something in the queues, and take it: of the first ones first; None: it is over."""
-        with self._turn:
-            while not (self._closed or any(queues)):
-                self._turn.wait()
-            return None if self._closed else next(queue for queue in queues if queue).popleft()
-
-    def _reader(self) -> None:
-        """Read slices, in a thread: what is urgent first."""
-        hurry(1)
-        while (wanted := self._next(self._urgent, self._early)) is not None:
-            self._read(*wanted)
-
-    def _looker(self) -> None:
-        """Count what is in memory of what is doubted, in a thread: a look takes longer than a layer."""
-        hurry(1)
-        while (one := self._next(self._doubted)) is not None:
-            self._seen.append((one, self._there(one)))
-
-    def _leaver(self) -> None:
-        """Give back what is to go, in a thread."""
-        hurry(1)
-        while (one := self._next(self._leaving)) is not None:
-            self._give_back(one)
-
-    def _read(self, one: int, at: int) -> None:
-        pages, offset, size = self._range(one, at)
-        try:
-            pages.ask(offset, size)
-        except OSError:
-            self._done.append((one, 0, True))
-        else:
-            self._done.append((one, size, False))
-
-    def _give_back(self, one: int) -> None:
-        state, expert = self.residency.state, one % self.n_experts
-        if state[one] != ABSENT:
-            return  # it was chosen again meanwhile
-        before = expert > 0 and state[one - 1] == ABSENT  # else it needs what is in one block with this one
-        after = expert + 1 < self.n_experts and state[one + 1] == ABSENT
-        for pages, offset, size in self._ranges(one):
-            with contextlib.suppress(OSError):
-                pages.give_back_range(offset, size, before=before, after=after)
-
     # --- memory ----------------------------------------------------------------------------------------------------
 
     def hold(self, capacity: int) -> None:
         """Keep experts in so many bytes of memory from now on: whole blocks are read, of which others have parts."""
-        capacity = capacity * self.total // (self.n_experts * sum(layer.footprint for layer in self.layers))
+        footprint = self.n_experts * sum(layer.footprint for layer in self.layers)
+        capacity = max(capacity - sum(self.slices.kept), 0) * self.total // footprint
         self.residency.capacity = capacity
-        if not self._threads:
-            work = (*[self._reader] * _READERS, self._leaver, self._looker)
-            self._threads = [threading.Thread(target=one, daemon=True) for one in work]
-            for thread in self._threads:
-                thread.start()
+        if self.movers.start():
             for one in range(len(self.residency.state)):
-                self._judge(one, self._there(one))
+                self._judge(one, self.slices.there(one))
         self._make_room()
         self.say(f"keeping {capacity >> 20} of {self.total >> 20} MB of experts")
 
     def sweep(self) -> None:
         """Have some of the layers compared with what is in memory, the next time the next ones."""
-        if self._doubted:
+        if self.movers.looking:
             return  # it does not keep up
         first, count = self._swept, -(-len(self.layers) // _SWEEPS)
         self._swept = (first + count) % len(self.layers)
         last = min(first + count, len(self.layers))
-        self._doubt(range(first * self.n_experts, last * self.n_experts))
-
-    def _doubt(self, experts: Iterable[int]) -> None:
-        with self._turn:
-            self._doubted.extend(experts)
-            self._turn.notify_all()
+        self.movers.doubt(range(first * self.n_experts, last * self.n_experts))
 
     def _around(self, one: int) -> range:
         """Return the experts of which the kernel may have read something when one was used too early."""
@@ -443,16 +363,17 @@ class Mixture:
 
     def _judge(self, one: int, there: int) -> None:
         """Take in how many bytes of an expert are in memory."""
-        state, layer = self.residency.state[one], self.layers[one // self.n_experts]
+        state, layer, kept = self.residency.state[one], self.layers[one // self.n_experts], self.slices.kept[one]
         room = self.residency.capacity - self.residency.held
-        if state == HERE and not there:
+        if state == HERE and there <= kept:
+            if self.slices.there(one) > kept:
+                return  # it has come since it was looked at
             self.residency.gone(one)
+            self.movers.leave([one], anew=True)
         elif state == ABSENT and layer.nbytes <= min(there, room):
             self.residency.adopt([one])
-        elif state == ABSENT and there > layer.edges:
-            with self._turn:
-                self._leaving.append(one)
-                self._turn.notify_all()
+        elif state == ABSENT and not kept <= there <= kept + layer.edges:
+            self.movers.leave([one], anew=True)
 
     def relieve(self, nbytes: int) -> int:
         """Give up experts of that many bytes, the coldest first; return how many bytes will be free."""
@@ -461,19 +382,9 @@ class Mixture:
         self._make_room()
         return before - self.residency.held
 
-    def _there(self, one: int) -> int:
-        return sum(pages.resident_range(offset, size) for pages, offset, size in self._ranges(one))
-
-    def _ranges(self, one: int) -> list[tuple[Pages, int, int]]:
-        return [self._range(one, at) for at in range(len(self.layers[one // self.n_experts].slices))]
-
     def release(self) -> None:
         """Stop; what is in memory stays there until the kernel wants it back."""
-        with self._turn:
-            self._closed = True
-            self._turn.notify_all()
-        for thread in self._threads:
-            thread.join()
+        self.movers.close()
 
     def summary(self) -> dict[str, Any]:
         """Return what was done so far; docs/prefetching.md explains the fields."""
@@ -494,6 +405,7 @@ class Mixture:
             "wasted_bytes": r.wasted,
             "hit_share": r.used / asked if asked else None,
             "read_bytes": self.read_bytes,
+            "large_bytes": self.large_bytes,
             "failed_reads": self.failed,
             "lost": self.lost,
             "stale_ticks": self.stale,

@@ -29,13 +29,13 @@ from typing import Any
 from llmtraced.prefetch.clock import PageTable
 from llmtraced.prefetch.policy import CHUNK
 
-__all__ = ["PATHS", "Pages", "block_of", "checked", "copied"]
+__all__ = ["PAGE", "PATHS", "Pages", "block_of", "checked", "copied"]
 
 PATHS = ("huge", "readahead", "willneed", "fadvise", "pread")
 """Ways to bring a chunk in: touching a huge-page mapping; readahead(2); process_madvise(2) MADV_WILLNEED on the
 server's mapping; posix_fadvise(2) POSIX_FADV_WILLNEED; reading it into a scratch buffer."""
 
-_PAGE = 4096
+PAGE = 4096
 _BLOCKS = (8192, 16384, 32768, 65536)  # what else f_bsize is, is a network's unit of transfer
 _PROT_READ, _MAP_SHARED = 1, 1
 _MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED = 1, 3, 4
@@ -55,6 +55,9 @@ _libc.readahead.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_size_t]
 # For calls that take microseconds: to let other threads have the interpreter meanwhile costs more than they do.
 _at_once = ctypes.PyDLL(None, use_errno=True)
 _at_once.madvise.argtypes = _libc.madvise.argtypes
+
+
+_Range, _Cached = ctypes.c_uint64 * 2, ctypes.c_uint64 * 5  # struct cachestat_range, cachestat
 
 
 class _Iovec(ctypes.Structure):
@@ -86,11 +89,11 @@ def block_of(fd: int) -> int:
     (XFS with blocks of up to 64 KiB, Linux 6.12.)
     """
     block = os.fstatvfs(fd).f_bsize
-    return block if block in _BLOCKS else _PAGE
+    return block if block in _BLOCKS else PAGE
 
 
-def _mapped(fd: int, size: int) -> int:
-    address: int = _libc.mmap(None, size, _PROT_READ, _MAP_SHARED, fd, 0)
+def _mapped(fd: int, size: int, offset: int = 0) -> int:
+    address: int = _libc.mmap(None, size, _PROT_READ, _MAP_SHARED, fd, offset)
     if address == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return address
@@ -117,10 +120,10 @@ class Pages:
         self.block = block_of(fd)
         # The kernel aligns a mapping of 2 MiB and more so that its huge pages fit (thp_get_unmapped_area).
         self._base, self._followed = _mapped(fd, self.size), _mapped(fd, self.size)
-        whole = self.size // _PAGE * _PAGE
+        whole = self.size // PAGE * PAGE
         self.huge = all(_libc.madvise(at, whole, _MADV_HUGEPAGE) == 0 for at in (self._base, self._followed))
         _libc.madvise(self._base, whole, _MADV_RANDOM)  # only what is asked for
-        self.counted = self._cachestat(0, _PAGE) is not None
+        self.counted = self._cachestat(0, PAGE) is not None
 
     def close(self) -> None:
         """Unmap the file here; what was locked is no longer."""
@@ -185,7 +188,7 @@ class Pages:
         elif path == "willneed":
             for start, n in self.server_ranges(chunk):
                 for at in range(0, n, _PIECE):
-                    self._advise_server(start + at, min(_PIECE, n - at), _MADV_WILLNEED)
+                    self._advise_server([(start + at, min(_PIECE, n - at))], _MADV_WILLNEED)
         address, length, advice = self.touching(chunk)
         try:
             checked(_libc.madvise(address, length, advice))
@@ -223,7 +226,7 @@ class Pages:
         """Tell whether nothing of the next chunk is missing: it is there, is being read, or the file ends before it."""
         following = chunk + 1
         length = min(CHUNK, self.size - following * CHUNK)
-        return length <= 0 or self._cachestat(following * CHUNK, length) == -(-length // _PAGE)
+        return length <= 0 or self._cachestat(following * CHUNK, length) == -(-length // PAGE)
 
     def untouch(self, chunk: int) -> None:
         """Take a chunk out of our page tables again; it stays in the page cache."""
@@ -256,7 +259,7 @@ class Pages:
         :meth:`resident`.
         """
         for start, length in self.server_ranges(chunk):
-            self._advise_server(start, length, _MADV_PAGEOUT)
+            self._advise_server([(start, length)], _MADV_PAGEOUT)
 
     def address(self, offset: int) -> int:
         """Return where a byte of the file is mapped here."""
@@ -271,7 +274,29 @@ class Pages:
         for at in range(offset, offset + length, _PIECE):
             checked(_libc.readahead(self.fd, at, min(_PIECE, offset + length - at)))
 
-    def give_back_range(self, offset: int, length: int, *, before: bool = False, after: bool = False) -> None:
+    def touch(self, offset: int, length: int) -> None:
+        """Touch any range as a program does that just maps the file, and wait until it is there; nothing stays mapped.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        first = offset // PAGE * PAGE
+        size = offset + length - first
+        at = _mapped(self.fd, size, first)
+        try:
+            checked(_libc.madvise(at, size, _MADV_POPULATE_READ))
+        finally:
+            _libc.munmap(at, size)
+
+    def give_back_range(
+        self,
+        offset: int,
+        length: int,
+        *,
+        before: bool = False,
+        after: bool = False,
+        keep: Sequence[tuple[int, int]] = (),
+    ) -> None:
         """Do as :meth:`give_back` and :meth:`drop` with the whole blocks of any range.
 
         Args:
@@ -279,6 +304,7 @@ class Pages:
             length: of it.
             before: with its first block, of which what is before it in the file has a part.
             after: with its last block, likewise.
+            keep: (offset, bytes) of whole blocks in it that stay, in order.
 
         Raises:
             OSError: the server has ended.
@@ -286,11 +312,18 @@ class Pages:
         block, last = self.block, offset + length
         first = (offset if before else offset + block - 1) // block * block
         last = (last + block - 1 if after else last) // block * block
-        for start, end, at in self.maps:
-            low, high = max(first, at), min(last, at + end - start)
-            if low < high:
-                self._advise_server(start + low - at, high - low, _MADV_PAGEOUT)
-        os.posix_fadvise(self.fd, first, max(last - first, 0), os.POSIX_FADV_DONTNEED)
+        edges = [first, *(edge for at, size in keep for edge in (at, at + size)), last]
+        gone = [(low, high) for low, high in zip(edges[::2], edges[1::2], strict=True) if low < high]
+        there = [
+            (start + low - at, high - low)
+            for start, end, at in self.maps
+            for low, high in ((max(low, at), min(high, at + end - start)) for low, high in gone)
+            if low < high
+        ]
+        if there:
+            self._advise_server(there, _MADV_PAGEOUT)
+        for low, high in gone:
+            os.posix_fadvise(self.fd, low, high - low, os.POSIX_FADV_DONTNEED)
 
     def drop(self, chunk: int) -> None:
         """Drop a chunk that nobody has mapped from the page cache."""
@@ -300,26 +333,29 @@ class Pages:
         """Return how many bytes of ``count`` chunks are in the page cache; slow where they are not ``counted``."""
         return self.resident_range(chunk * CHUNK, min(count * CHUNK, self.size - chunk * CHUNK))
 
-    def resident_range(self, offset: int, length: int) -> int:
-        """Return how many bytes of the pages of any range are in the page cache; slow where not ``counted``."""
-        found = self._cachestat(offset, length)
+    def resident_range(self, offset: int, length: int, *, wait: bool = True) -> int:
+        """Return how many bytes of the pages of any range are in the page cache; slow where not ``counted``.
+
+        ``wait``: whether other threads wait meanwhile. What was driven out takes the kernel up to 50 us a megabyte.
+        """
+        found = self._cachestat(offset, length, wait=wait)
         if found is None:  # mincore(2) looks at each page: some 0.1 us
-            first = offset // _PAGE * _PAGE
-            there = ctypes.create_string_buffer(-(-(offset + length - first) // _PAGE))
+            first = offset // PAGE * PAGE
+            there = ctypes.create_string_buffer(-(-(offset + length - first) // PAGE))
             checked(_libc.mincore(self._base + first, offset + length - first, there))
             found = there.raw.count(b"\1")
-        return found * _PAGE
+        return found * PAGE
 
-    def _cachestat(self, offset: int, length: int) -> int | None:
+    def _cachestat(self, offset: int, length: int, *, wait: bool = True) -> int | None:
         """Return the cached pages of a part of the file; None: this kernel has no such call."""
-        wanted, answer = (ctypes.c_uint64 * 2)(offset, length), (ctypes.c_uint64 * 5)()
-        call = (_at_once if length <= CHUNK else _libc).syscall
+        wanted, answer = _Range(offset, length), _Cached()
+        call = (_at_once if wait and length <= CHUNK else _libc).syscall
         return None if call(_NR_CACHESTAT, self.fd, wanted, answer, 0) < 0 else int(answer[0])
 
-    def _advise_server(self, address: int, length: int, advice: int) -> None:
-        vector = _Iovec(address, length)
+    def _advise_server(self, ranges: Sequence[tuple[int, int]], advice: int) -> None:
+        vectors = (ctypes.c_uint64 * (2 * len(ranges)))(*(value for one in ranges for value in one))  # struct iovec
         done = _libc.syscall(
-            _NR_PROCESS_MADVISE, self.pidfd, ctypes.byref(vector), ctypes.c_size_t(1), advice, ctypes.c_uint(0)
+            _NR_PROCESS_MADVISE, self.pidfd, vectors, ctypes.c_size_t(len(ranges)), advice, ctypes.c_uint(0)
         )
         if done < 0 and ctypes.get_errno() not in (errno.EAGAIN, errno.EBUSY, errno.ENOMEM):
             code = ctypes.get_errno()  # ENOMEM: the server unmapped it meanwhile

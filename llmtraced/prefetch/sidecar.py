@@ -245,7 +245,8 @@ class Sidecar:
         window, depth = self.config["window"], self.config["depth"]
         self.work = Work(self.pages, self.table, self.chunks, self.strategy, path, window, depth, _say, self._end_hold)
         if self.config["mixture"] and self.ring is not None and self.strategy["experts"]:
-            self.mixture = Mixture(self.pid, self.pages, self.config["mixture"], self.config["predict"], _say)
+            told, predict = self.config["mixture"], self.config["predict"]
+            self.mixture = Mixture(self.pid, self.pages, told, predict, _say, large=path == "huge")
         self.memory.struck()
         self._engaged, self._strikes, self.slack = time.monotonic(), 0, self.config["slack"]
         self._looks.clear()

@@ -71,7 +71,7 @@ _SYSCALLS_X86_64: Final = {
     "madvise": 28, "process_madvise": 440, "fadvise64": 221, "readahead": 187,
 }  # fmt: skip
 _FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
-_ORIG_AX_OFFSET: Final = 120  # struct pt_regs, arch/x86/include/uapi/asm/ptrace.h
+_ORIG_AX_OFFSET, _R9_OFFSET = 120, 64  # struct pt_regs, arch/x86/include/uapi/asm/ptrace.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +164,7 @@ def compile_flags(sizes: Sizes, cpus: int, layout: Mapping[str, int]) -> list[st
         "LT_TENSOR_BYTES": OPERATOR_BYTES,
         "LT_COOKIE_METHOD": kernel.COOKIE_METHOD,
         "LT_SYSCALL_OFFSET": _ORIG_AX_OFFSET,
+        "LT_SIXTH_OFFSET": _R9_OFFSET,  # of a system call's arguments
         **layout,
         **_pid_namespace(),
         **{f"SYSCALL_{name}": number for name, number in _SYSCALLS_X86_64.items()},

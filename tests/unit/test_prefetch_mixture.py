@@ -145,10 +145,14 @@ class FakePages:
             self.asked.append((offset, size))
             self.resident.add((offset, size))
 
-    def resident_range(self, offset: int, size: int) -> int:
-        return size if (offset, size) in self.resident else 0
+    def resident_range(self, offset: int, size: int, *, wait: bool = True) -> int:
+        with self._lock:
+            return size if any(at <= offset and offset + size <= at + n for at, n in self.resident) else 0
 
-    def give_back_range(self, offset: int, size: int, *, before: bool, after: bool) -> None:
+    def give_back_range(
+        self, offset: int, size: int, *, before: bool, after: bool, keep: Sequence[tuple[int, int]]
+    ) -> None:
+        assert keep == [], "nothing stays of what is read by the page"
         with self._lock:
             self.ends[offset, size] = before, after
             self.resident.discard((offset, size))
@@ -319,7 +323,7 @@ def test_what_the_server_has_read_by_itself_is_looked_for_around_what_was_late(r
     rig.mixture.begin()
     rig.use(2, 4)
     rig.mixture.ended(0)
-    assert not rig.mixture._doubted
+    assert not rig.mixture.movers.looking
     rig.mixture.begin()
     rig.use(2, 5)
     rig.mixture.ended(16 << 20)
@@ -336,8 +340,8 @@ def test_the_last_layers_are_looked_at_where_layers_do_not_divide(rig: Rig, monk
     one = Mixture(os.getpid(), [rig.pages], told, (), rig.said.append)  # type: ignore[list-item]
     for first, last in ((0, 2), (2, 3)):
         one.sweep()
-        assert list(one._doubted) == list(range(first * N_EXPERTS, last * N_EXPERTS))
-        one._doubted.clear()
+        assert list(one.movers._doubted.lines[0]) == list(range(first * N_EXPERTS, last * N_EXPERTS))
+        one.movers._doubted.lines[0].clear()
 
 
 def test_what_has_gone_is_noted_by_and_by(rig: Rig) -> None:
@@ -349,7 +353,7 @@ def test_what_has_gone_is_noted_by_and_by(rig: Rig) -> None:
     rig.pages.resident.clear()
     for _ in rig.told["layers"]:
         rig.mixture.sweep()
-        wait_until(lambda: not rig.mixture._doubted, 10, "some layers to be looked at")
+        wait_until(lambda: not rig.mixture.movers.looking, 10, "some layers to be looked at")
     wait_until(lambda: not rig.here(1, 6) and not rig.here(2, 6), 10, "it to be known")
     assert rig.mixture.residency.held == 0
 
