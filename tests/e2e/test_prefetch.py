@@ -549,7 +549,9 @@ def test_a_mixtures_choices_are_known_before_they_are_made(
                 assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
             wait_until(sidecar.first, 20, "all of its threads go before the server's")
             assert group.usage() <= limit
-            assert ("blocks of 64 KiB" in sidecar.said()) == (os.statvfs(path).f_bsize <= 4096)
+            assert ("experts are read by the page" in sidecar.said()) == (os.statvfs(path).f_bsize <= 4096), (
+                "small ones"
+            )
             summary = sidecar.end()
         told = summary["experts"]
         assert told["chosen"] >= 2 * TOKENS * shape.n_layers
@@ -569,6 +571,33 @@ def test_a_mixtures_choices_are_known_before_they_are_made(
         assert told["read_bytes"] > 0
         assert told["failed_reads"] == 0
         assert 0 < told["held_bytes"] <= told["capacity_bytes"] <= limit
+        let_go(server, group)
+        assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
+
+
+def test_a_mixtures_experts_come_in_large_folios(tmp_path: Path, llama_server: Path) -> None:
+    path = models.write(tmp_path / "moe.gguf", models.moe_preset(180 * MB, n_experts=16, n_used=2))
+    drop_cache(path)
+    group = MemoryCgroup(f"llmtraced-test-folios-{os.getpid()}", 130 * MIB)
+    with group, Server(path, binary=llama_server, threads=2, ctx=512, extra=("--no-repack",), cgroup=group) as server:
+        varied = {"temperature": 1.0, "seed": 7}
+        expected = server.completion(PROMPT, TOKENS, **varied)["content"]
+        with Sidecar(server.pid, tmp_path, "--trial", "0") as sidecar:
+            deadline = time.monotonic() + (300 if EMULATED else 60)
+            while not sidecar.metrics().get("engaged"):
+                assert time.monotonic() < deadline, sidecar.said()
+                assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
+            for _ in range(4):
+                assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
+            assert group.usage() <= 130 * MIB
+            summary = sidecar.end()
+        if summary["path"] != "huge":
+            pytest.skip(f"no large folios in this file system on Linux {os.uname().release}")
+        assert "experts are read by the page" not in sidecar.said()
+        told = summary["experts"]
+        assert told["read_bytes"] > 20 << 20
+        assert told["large_bytes"] > 0.5 * told["read_bytes"]
+        assert told["failed_reads"] == 0
         let_go(server, group)
         assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
 
