@@ -34,7 +34,7 @@ from llmtraced.prefetch.slices import Slices
 __all__ = ["Mixture"]
 
 _ROWS = 8  # tokens of a batch whose choices are worked out
-_RESERVE_LAYERS = 2  # of experts that are all read: so much room is made ahead
+_RESERVE_LAYERS = 1  # of experts that are all read: so much room is made ahead
 _PIECES = 64  # speculative slices that may wait: more would only be late
 _STALE_NS = 5_000_000  # a tick that is taken up so late is of the past
 _STRAY_BYTES = 2 << 20
