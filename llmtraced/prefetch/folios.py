@@ -44,7 +44,6 @@ _LEAST, _MOST = 96, 1024  # pages of a piece
 _BEHIND = 80  # pages of a window at least: the second descriptor's empty steps are over 16 and 64
 _AHEAD = 32  # pages of readahead at least, for first windows of four
 _NOWAIT = 8  # RWF_NOWAIT
-_SAMPLES = 6
 _AROUND = 16 << 20  # bytes on each side, in which a mark that was left would have something read
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -213,13 +212,14 @@ class Folios:
     Args:
         calls: on the file.
         limits: of its device.
+        like: another thread's, on the same file, whose plans will do.
     """
 
-    def __init__(self, calls: Calls, limits: Limits) -> None:
+    def __init__(self, calls: Calls, limits: Limits, like: Folios | None = None) -> None:
         self._calls, self._limits = calls, limits
         self._first, self._second = calls.opened(), calls.opened()
         self._thirds: dict[int, _Third] = {}
-        self._plans: dict[tuple[int, int], tuple[Piece, ...]] = {}
+        self._plans: dict[tuple[int, int], tuple[Piece, ...]] = {} if like is None else like._plans
 
     def close(self) -> None:
         """Close its descriptors."""

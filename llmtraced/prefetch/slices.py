@@ -41,13 +41,13 @@ class Slices:
             for layer in layers
             for expert in range(n_experts)
         ]
+        self._folios: list[Folios] | None = None
         self._folios = self._tried() if large else None
         self.large = self._folios is not None
-        self._anchors = [
-            [self._folios[file].anchors(offset, size) if self._folios is not None else [] for file, offset, size in one]
-            for one in self._of
-        ]
-        self.kept = [sum(nbytes for keep in one for _, nbytes in keep) for one in self._anchors]
+        self.kept = [sum(size for part in one for _, size in self._anchors(*part)) for one in self._of]
+
+    def _anchors(self, file: int, offset: int, size: int) -> list[tuple[int, int]]:
+        return self._folios[file].anchors(offset, size) if self._folios is not None else []
 
     def _tried(self) -> list[Folios] | None:
         """Return what reads each file in large folios, or None: experts are too small, or the kernel does not."""
@@ -67,7 +67,8 @@ class Slices:
 
     def opened(self) -> list[Folios]:
         """Return what reads each file in large folios, for one more thread."""
-        return [Folios(Calls(pages), limits_of(pages.fd)) for pages in self.pages]
+        like: Sequence[Folios | None] = self._folios or [None] * len(self.pages)
+        return [Folios(Calls(pages), limits_of(pages.fd), one) for pages, one in zip(self.pages, like, strict=True)]
 
     def close(self, folios: list[Folios] | None = None) -> None:
         """Close what was opened; without ``folios``, what was opened here."""
@@ -94,7 +95,8 @@ class Slices:
 
     def give_back(self, one: int, *, before: bool, after: bool) -> None:
         """Give an expert back, but for what stays; of blocks at its borders, see :meth:`Pages.give_back_range`."""
-        for (file, offset, size), keep in zip(self._of[one], self._anchors[one], strict=True):
+        for file, offset, size in self._of[one]:
+            keep = self._anchors(file, offset, size)
             with contextlib.suppress(OSError):
                 self.pages[file].give_back_range(offset, size, before=before, after=after, keep=keep)
 

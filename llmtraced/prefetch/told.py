@@ -26,6 +26,13 @@ METRICS = (
     ("anonymous_bytes", "gauge", "anonymous_bytes", "The sidecar's own memory."),
     ("budget_bytes", "gauge", "budget_bytes", "Bytes of memory for the model's pages."),
     ("engaged", "gauge", "engaged", "1 while it works, 0 while it stands aside."),
+    ("expert_read_bytes_total", "counter", "expert_read_bytes", "Bytes of experts read ahead of the server."),
+    (
+        "expert_large_bytes_total",
+        "counter",
+        "expert_large_bytes",
+        "Of these: in folios larger than a page.",
+    ),
     ("expert_used_bytes_total", "counter", "expert_used_bytes", "Bytes of experts: there when chosen."),
     ("expert_late_bytes_total", "counter", "expert_late_bytes", "Bytes of experts: under way when chosen."),
     ("expert_missed_bytes_total", "counter", "expert_missed_bytes", "Bytes of experts: not there when chosen."),
