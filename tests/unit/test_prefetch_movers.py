@@ -103,7 +103,7 @@ def test_what_is_early_waits_for_what_is_urgent_until_it_is_urgent(movers: Mover
     wait_until(lambda: len(movers.read) == 5 * SLICES, 10, "all to be read")
     order = [one for one, _ in slices.asked]
     assert order[0] == 4, "its first slice, by this thread"
-    assert sorted(order[1:8]) == [1, 2, 4, 4, 7, 7, 7], "what the readers had in hand, and what is urgent"
+    assert 6 not in [one for one in order if one in (4, 6, 7)][:5], "what is urgent first, by one thread or by both"
     assert len(set(slices.asked)) == 5 * SLICES, "each once"
 
 
