@@ -44,7 +44,7 @@ _LEAST, _MOST = 96, 1024  # pages of a piece
 _BEHIND = 80  # pages of a window at least: the second descriptor's empty steps are over 16 and 64
 _AHEAD = 32  # pages of readahead at least, for first windows of four
 _NOWAIT = 8  # RWF_NOWAIT
-_AROUND = 16 << 20  # bytes on each side, in which a mark that was left would have something read
+_GAP = 1 << 20  # bytes behind a range, of which a mark that was left would have some read
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _at_once = ctypes.PyDLL(None, use_errno=True)  # for calls of a few microseconds
@@ -307,7 +307,8 @@ class Folios:
 def works(pages: Pages, folios: Folios, ranges: Iterable[tuple[int, int]]) -> bool:
     """Tell whether one of some ranges comes in as it should: all of it, nothing else, and no mark is left.
 
-    They are given back first. The server reads what it wants meanwhile, so not each of them need come out right.
+    They are given back first, and a megabyte behind each. The server reads what it wants meanwhile, so not each of them
+    need come out right.
 
     Args:
         pages: the file.
@@ -321,20 +322,21 @@ def works(pages: Pages, folios: Folios, ranges: Iterable[tuple[int, int]]) -> bo
 
 
 def _exactly(pages: Pages, folios: Folios, offset: int, nbytes: int) -> bool:
-    low, high = max(offset - _AROUND, 0), min(offset + nbytes + _AROUND, pages.size)
-    whole = (-(-(offset + nbytes) // PAGE) - offset // PAGE) * PAGE
+    end = -(-(offset + nbytes) // PAGE) * PAGE
+    gap = min(_GAP, pages.size - end)  # where the kernel would read on, if it did
 
-    def beside() -> int:
-        return pages.resident_range(low, high - low) - pages.resident_range(offset, nbytes)
+    def beyond() -> int:
+        return pages.resident_range(end, gap)
 
-    pages.give_back_range(offset, nbytes)
+    if gap < _GAP // 2:
+        return False
+    pages.give_back_range(offset, end + gap - offset)
     folios.keep(offset, nbytes)
     folios.settle(offset, nbytes)
-    before = beside()
-    behind = min(_AROUND // 4, pages.size - offset - nbytes)
-    if pages.resident_range(offset + nbytes, behind) >= behind:
-        return False  # nothing is missing that a mark could have read
-    if not folios.ask(offset, nbytes) or pages.resident_range(offset, nbytes) < whole:
+    before = beyond()
+    if before > gap // 2:
+        return False  # it does not go, so that nothing would be seen
+    if not folios.ask(offset, nbytes) or pages.resident_range(offset, nbytes) < end - offset // PAGE * PAGE:
         return False
     pages.touch(offset, nbytes)
-    return beside() == before
+    return beyond() == before

@@ -15,7 +15,7 @@ from llmtraced.prefetch.pages import PAGE, Pages
 
 __all__ = ["Slices"]
 
-_TRIED = 6  # experts that large folios are tried with
+_TRIED = 24  # experts that large folios are tried with, until one has come out right
 
 
 class Slices:

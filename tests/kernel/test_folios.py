@@ -196,6 +196,8 @@ def test_it_does_not_wait(pages: Pages, folios: Folios) -> None:
 def test_that_it_works_is_found_out(pages: Pages, folios: Folios, monkeypatch: pytest.MonkeyPatch) -> None:
     ranges = [((10 + 20 * i) << 20, EXPERT) for i in range(4)]
     assert works(pages, folios, ranges)
+    pages.touch(0, SIZE)
+    assert works(pages, folios, ranges), "all of the file is in memory, as where much of it fits"
     monkeypatch.setattr(Calls, "comes", lambda *_: None)
     assert not works(pages, folios, ranges), "nothing comes in large folios"
     monkeypatch.undo()
