@@ -32,7 +32,14 @@ def write(folder: Path, pid: int, model: str = "m.gguf", **changed: Any) -> Path
 
 
 def test_two_sidecars_are_handed_on(tmp_path: Path) -> None:
-    experts = {"used_bytes": 1, "late_bytes": 2, "missed_bytes": 3, "wasted_bytes": 4}
+    experts = {
+        "used_bytes": 1,
+        "late_bytes": 2,
+        "missed_bytes": 3,
+        "wasted_bytes": 4,
+        "read_bytes": 5,
+        "large_bytes": 6,
+    }
     write(tmp_path, 7, used_bytes=70, experts=experts)
     write(tmp_path, 8, used_bytes=80, state="fits")
     values = found(tmp_path)
