@@ -549,11 +549,11 @@ def test_a_mixtures_choices_are_known_before_they_are_made(
                 assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
             wait_until(sidecar.first, 20, "all of its threads go before the server's")
             assert group.usage() <= limit
-            assert ("experts are read by the page" in sidecar.said()) == (os.statvfs(path).f_bsize <= 4096), (
-                "small ones"
-            )
             summary = sidecar.end()
         told = summary["experts"]
+        # Experts of less than 384 KiB a matrix are; fused gates are larger.
+        by_page = os.statvfs(path).f_bsize <= 4096 and not told["large_bytes"]
+        assert ("experts are read by the page" in sidecar.said()) == by_page
         assert told["chosen"] >= 2 * TOKENS * shape.n_layers
         assert told["router_checked"] > told["chosen"] / 4
         assert told["router_surprises"] <= told["router_checked"] / 500  # two that are as good as equal
