@@ -44,9 +44,12 @@ INLINE s64 current_syscall(void) {
     return (saved[2] & 3) == 3 ? (s64)saved[0] : -1; // a kernel thread came from no user code: its registers say 0
 }
 
-// Whether the current thread is in a preadv2(2) that does not wait: for what is missing it only asks.
+// Whether the current thread, of no owner of the model, is in a preadv2(2) that does not wait: for what is missing it
+// only asks.
 #define RWF_NOWAIT 8
-INLINE bool only_asks(void) {
+INLINE bool only_asks(bool owner) {
+    if (owner)
+        return false;
     u64 flags = 0, regs = (u64)bpf_task_pt_regs((void *)bpf_get_current_task_btf());
     bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(regs + LT_SIXTH_OFFSET));
     return current_syscall() == SYSCALL_preadv2 && flags & RWF_NOWAIT;
@@ -67,7 +70,7 @@ INLINE u8 find_cause(struct run *run, bool owner) {
             return CAUSE_READAHEAD;
         }
     }
-    if (!owner && only_asks())
+    if (only_asks(owner))
         return CAUSE_PREFETCHER;
     switch (current_syscall()) {
     case SYSCALL_read:
@@ -325,7 +328,7 @@ BPF_TABLE("lru_hash", u32, struct reading, reading, LT_THREADS);
 int on_read(struct bpf_raw_tracepoint_args *ctx) {
     u32 file_no = 0, *target = current_slot_no();
     struct model_file *file = find_file(ctx->args[0], target, &file_no);
-    if (!file || ((!target || *target != file->slot) && only_asks()))
+    if (!file || only_asks(target && *target == file->slot))
         return 0;
     u32 thread = this_task();
     struct reading now = {.index = ctx->args[1], .last = ctx->args[2], .file = file_no};
@@ -346,7 +349,7 @@ int on_read_call(struct pt_regs *ctx) {
     READ_KERNEL(mapping, opened + LT_FILE_MAPPING);
     u32 file_no = 0, *target = current_slot_no();
     struct model_file *file = find_file(mapping, target, &file_no);
-    if (!file || ((!target || *target != file->slot) && only_asks()))
+    if (!file || only_asks(target && *target == file->slot))
         return 0;
     READ_KERNEL(inode, mapping + LT_MAPPING_HOST);
     READ_KERNEL(size, inode + LT_INODE_SIZE);

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from llmtraced.prefetch.pages import Pages
 from llmtraced.prefetch.policy import CHUNK
 
-__all__ = ["SKIPPED", "Server"]
+__all__ = ["SKIPPED", "Server", "opened"]
 
 SKIPPED = 64 << 10  # the server maps from here, as llama.cpp leaves out the header
 
@@ -63,3 +66,13 @@ class Server:
     def end(self) -> None:
         self.child.communicate()
         os.close(self.pidfd)
+
+
+@contextlib.contextmanager
+def opened(path: Path, server: Server) -> Iterator[Pages]:
+    """Give the pages of a file that a server has mapped."""
+    fd = os.open(path, os.O_RDONLY)
+    made = Pages(fd, server.pidfd, server.maps)
+    yield made
+    made.close()
+    os.close(fd)

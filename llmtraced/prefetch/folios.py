@@ -35,7 +35,7 @@ import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from llmtraced.prefetch.pages import PAGE, Pages, checked
+from llmtraced.prefetch.pages import PAGE, Iovec, Pages
 
 __all__ = ["Calls", "Folios", "Limits", "Piece", "limits_of", "plan", "works"]
 
@@ -51,7 +51,6 @@ _at_once = ctypes.PyDLL(None, use_errno=True)  # for calls of a few microseconds
 for _lib in (_libc, _at_once):
     _lib.preadv2.restype = ctypes.c_ssize_t
     _lib.preadv2.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_int]
-    _lib.readahead.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_size_t]
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 
@@ -152,19 +151,15 @@ def limits_of(fd: int) -> Limits:
     return Limits(*found)
 
 
-class _Vector(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
 class Calls:
     """The system calls: page numbers in, of one file."""
 
     def __init__(self, pages: Pages) -> None:
         self._pages, self.fd = pages, pages.fd
         self._byte = ctypes.create_string_buffer(1)
-        self._one = _Vector(ctypes.addressof(self._byte), 1)
+        self._one = Iovec(ctypes.addressof(self._byte), 1)
         nowhere = _libc.mmap(None, 2 * _MOST * PAGE, 0, 0x22, -1, 0)  # PROT_NONE, private and anonymous
-        self._none = _Vector(nowhere, 0)
+        self._none = Iovec(nowhere, 0)
         self._one_at, self._none_at = ctypes.addressof(self._one), ctypes.addressof(self._none)
 
     def opened(self) -> int:
@@ -173,7 +168,7 @@ class Calls:
 
     def ahead(self, first: int, pages: int) -> None:
         """Have pages read by the page (readahead(2))."""
-        checked(_libc.readahead(self.fd, first * PAGE, pages * PAGE))
+        self._pages.ask(first * PAGE, pages * PAGE)
 
     def reads(self, fd: int, page: int) -> bool:
         """Read of a page, if it is there; return whether it was."""
@@ -187,10 +182,6 @@ class Calls:
     def there(self, first: int, pages: int) -> int:
         """Return how many of the pages are in the page cache."""
         return self._pages.resident_range(first * PAGE, pages * PAGE) // PAGE
-
-    def ask(self, offset: int, nbytes: int) -> None:
-        """Have a range of bytes read by the page."""
-        self._pages.ask(offset, nbytes)
 
     def close(self, descriptors: list[int]) -> None:
         """Close what was opened."""
@@ -272,7 +263,7 @@ class Folios:
             if by_window:
                 large += max(piece.first + there - piece.window, 0)
             if there < piece.pages:
-                self._calls.ask(piece.first * PAGE, piece.pages * PAGE)
+                self._calls.ahead(piece.first, piece.pages)
         first, last = offset // PAGE, (offset + nbytes) // PAGE
         if offset % PAGE:
             self._calls.ahead(first, 1)
@@ -305,7 +296,7 @@ class Folios:
 
 
 def works(pages: Pages, folios: Folios, ranges: Iterable[tuple[int, int]]) -> bool:
-    """Tell whether one of some ranges comes in as it should: all of it, nothing else, and no mark is left.
+    """Tell whether one of some ranges comes in as it should: all of it, nothing behind it, and no mark is left.
 
     They are given back first, and a megabyte behind each. The server reads what it wants meanwhile, so not each of them
     need come out right.

@@ -29,7 +29,7 @@ from typing import Any
 from llmtraced.prefetch.clock import PageTable
 from llmtraced.prefetch.policy import CHUNK
 
-__all__ = ["PAGE", "PATHS", "Pages", "block_of", "checked", "copied"]
+__all__ = ["PAGE", "PATHS", "Iovec", "Pages", "block_of", "checked", "copied"]
 
 PATHS = ("huge", "readahead", "willneed", "fadvise", "pread")
 """Ways to bring a chunk in: touching a huge-page mapping; readahead(2); process_madvise(2) MADV_WILLNEED on the
@@ -60,7 +60,9 @@ _at_once.madvise.argtypes = _libc.madvise.argtypes
 _Range, _Cached = ctypes.c_uint64 * 2, ctypes.c_uint64 * 5  # struct cachestat_range, cachestat
 
 
-class _Iovec(ctypes.Structure):
+class Iovec(ctypes.Structure):
+    """struct iovec."""
+
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
@@ -78,7 +80,7 @@ def checked(result: int) -> int:
 
 def copied(pid: int, address: int, buffer: ctypes.Array[Any], nbytes: int) -> bool:
     """Copy memory of a process into the beginning of a buffer; return whether all of it could be read."""
-    here, there = _Iovec(ctypes.addressof(buffer), nbytes), _Iovec(address, nbytes)
+    here, there = Iovec(ctypes.addressof(buffer), nbytes), Iovec(address, nbytes)
     done: int = _libc.process_vm_readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
     return done == nbytes
 

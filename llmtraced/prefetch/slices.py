@@ -1,8 +1,8 @@
 """Where a mixture's experts lie in its files, and the system calls on them. Standard library only.
 
 An expert, here one of a layer, is a number; its *slices* are its parts of that layer's merged matrices. They are read
-in large folios where the kernel does that as it should (:mod:`llmtraced.prefetch.folios`), by the page elsewhere, and
-not otherwise than by the page where the file system has larger blocks anyway.
+in large folios where the kernel does that as it should (:mod:`llmtraced.prefetch.folios`), and by readahead(2)
+elsewhere, also where the file system's blocks are larger than a page anyway.
 """
 
 from __future__ import annotations

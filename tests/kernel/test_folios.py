@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from helpers import need, wait_until
-from touching import Server
+from touching import Server, opened
 
 from llmtraced.bench.pressure import MemoryCgroup, drop_cache
 from llmtraced.prefetch.folios import Calls, Folios, limits_of, works
@@ -48,11 +48,8 @@ def server(file: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def pages(file: Path, server: Server) -> Iterator[Pages]:
-    fd = os.open(file, os.O_RDONLY)
-    made = Pages(fd, server.pidfd, server.maps)
-    yield made
-    made.close()
-    os.close(fd)
+    with opened(file, server) as made:
+        yield made
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from helpers import EMULATED, need, wait_until
 from running import mounted
-from touching import SKIPPED, Server
+from touching import SKIPPED, Server, opened
 
 from llmtraced.bench.pressure import drop_cache
 from llmtraced.prefetch import pages as calls
@@ -57,11 +57,8 @@ def server(file: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def pages(file: Path, server: Server) -> Iterator[Pages]:
-    fd = os.open(file, os.O_RDONLY)
-    made = Pages(fd, server.pidfd, server.maps)
-    yield made
-    made.close()
-    os.close(fd)
+    with opened(file, server) as made:
+        yield made
     drop_cache(file)
 
 
