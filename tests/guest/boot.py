@@ -61,6 +61,8 @@ COPIED: Final = (
 MONITOR: Final = "-mon chardev=monitor,mode=readline -chardev socket,id=monitor,server=on,wait=off,"
 PRESS_SECONDS: Final = 60.0
 """Between two presses of the power button, where the guest may be suspended: one keeps it from falling asleep, too."""
+KERNEL: Final = r"linux-image-\d+\.\d+\.\d\S*"
+"""A package that has a kernel; linux-image-amd64 and linux-image-6.12-amd64 depend on one."""
 INSIDE: Final = Path(__file__).with_name("inside.sh")
 # The whole root once more: virtme-ng mounts its own without a cache, and every import is a hundred round trips then.
 SHARE: Final = (
@@ -105,8 +107,8 @@ def ensure_kernel(package: str = "linux-image-amd64", cache: Path | None = None)
     Raises:
         LlmtracedError: apt does not know it, or cannot fetch it.
     """
-    if not re.fullmatch(r"linux-image-\d\S*", package):
-        found = _depends(package, r"linux-image-\d\S*")
+    if not re.fullmatch(KERNEL, package):
+        found = _depends(package, KERNEL)
         if not found:
             raise LlmtracedError(f"{printable(package)} is no package of a kernel")
         package = found[0]

@@ -16,15 +16,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-from builds import Build
+from builds import BUILDS, Build
 from choices import compare, only_the_chosen_are_touched
 from helpers import wait_until
+from layouts import by_debug_information, unlike_its_functions
 from running import Daemon
 
 from llmtraced.analysis.trace import open_trace
@@ -180,6 +181,36 @@ class Recording:
 def _faults_of(pid: int) -> int:
     """Return the major faults of a process, by the kernel's own count."""
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[9])
+
+
+def layout(build: Build, files: Models, folder: Path) -> Cell:
+    """Where fields lie, against what ggml's own functions do, and against debug information where there is any."""
+    cell = Cell()
+    with running(build, files.mixture) as engine, Recording(folder, engine, Detail.OPS) as recording:
+        recording.learn()
+        mapped = {Path(line.split()[-1]) for line in Path(f"/proc/{engine.pid}/maps").read_text().splitlines()}
+        program = Path(f"/proc/{engine.pid}/exe").readlink()
+        problems = list(recording.session.problems)
+    base = sorted(path for path in mapped if path.name.startswith("libggml-base"))
+    if not base:  # a static build: that of the same source with shared libraries has the same structures
+        shared = next(b for b in BUILDS if b.version == build.version and b.pinned)
+        base = sorted(shared.get().resolve().parents[1].rglob("libggml-base.so*"))
+    found = recording.session.layout
+    if build.blind:
+        cell.check(found is None and problems, f"{found}, problems {problems}")
+        cell.text = "lost, and said"
+        return cell
+    cell.check(found, f"not found: {problems}")
+    if found is None:
+        return cell
+    fields = asdict(found)
+    cell.wrong += unlike_its_functions(base[0], fields)
+    cell.text = f"{len(fields)} of {len(fields)} fields"
+    described = by_debug_information(base[0] if base[0] in mapped else program)
+    if described:
+        cell.check(described == fields, f"{fields}; debug information says {described}")
+        cell.text += ", by debug information too"
+    return cell
 
 
 def totals(build: Build, files: Models, folder: Path) -> Cell:
@@ -476,6 +507,7 @@ def overhead(build: Build, files: Models, folder: Path) -> Cell:
 
 CELLS = {
     "hooks": hooks,
+    "layout": layout,
     "totals": totals,
     "tokens": tokens,
     "names": names,

@@ -14,12 +14,16 @@ import boot
 
 DEPENDS = {
     "linux-image-amd64": "linux-image-amd64\n  Depends: linux-image-9.1.0-2-amd64\n",
+    "linux-image-9.1-amd64": "linux-image-9.1-amd64\n  Depends: linux-image-9.1.0-2-amd64\n",
     "linux-image-9.1.0-2-amd64": "x\n |Depends: dracut\n  Depends: kmod\n  Depends: linux-modules-9.1.0-2-amd64\n",
     "linux-headers-9.1.0-2-amd64": "x\n  Depends: linux-headers-9.1.0-2-common\n  Depends: linux-kbuild-9.1\n",
 }
 
 
-def test_a_kernel_is_fetched_once_with_all_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["linux-image-amd64", "linux-image-9.1-amd64", "linux-image-9.1.0-2-amd64"])
+def test_a_kernel_is_fetched_once_with_all_its_parts(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran: list[tuple[str, ...]] = []
 
     def output(*command: str, cwd: Path | None = None) -> str:
@@ -36,7 +40,7 @@ def test_a_kernel_is_fetched_once_with_all_its_parts(tmp_path: Path, monkeypatch
         return ""
 
     monkeypatch.setattr(boot, "_output", output)
-    kernel = boot.ensure_kernel(cache=tmp_path)
+    kernel = boot.ensure_kernel(package, tmp_path)
     download = next(command for command in ran if command[1] == "download")
     assert set(download[3:]) == {
         "linux-image-9.1.0-2-amd64",
