@@ -1,4 +1,4 @@
-"""An ad-hoc capture of one process: what ``llmtraced record`` and the tests run."""
+"""An ad-hoc capture of one process, or of all that a command starts: what ``llmtraced record`` and the tests run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ __all__ = ["Capture"]
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.02  # between looks at a process that has not mapped its model yet
+_FAMILY_SECONDS = 0.1  # between looks for further processes; each costs some 500 us
 _REFRESH_SECONDS = 1.0  # between looks at where its models are mapped
 _POLL_SECONDS = 0.25  # each look costs some 100 us; the probes wake us for a first graph, and where the ring fills up
 
 
 class Capture:
-    """Records one process into a folder.
+    """Records one process, or those that a command starts, into a folder.
 
     Args:
         folder: of the trace.
@@ -42,6 +44,9 @@ class Capture:
         ring_bytes: size of the ring, a power of two.
         router_scores: record what a mixture's routers say, too; ``detail`` must be more than ``FAULTS``.
         tracer: a loaded one, for its owner to close; by default one is loaded, which takes seconds.
+
+    Attributes:
+        sessions: of each process that is or was traced.
     """
 
     def __init__(
@@ -61,13 +66,18 @@ class Capture:
         self._owned = tracer is None
         self.tracer = tracer or Tracer(Sizes(ring_bytes=ring_bytes))
         self.recorder = Recorder(self.tracer, flush_seconds)
-        self.session: Session | None = None
-        self._scores: ScoreRecorder | None = None
+        self.sessions: list[Session] = []
+        self._scores: dict[int, ScoreRecorder | None] = {}  # by slot
         self._wants_scores = router_scores
         self._child: subprocess.Popen[bytes] | None = None
-        self._refreshed = 0.0
+        self._refreshed = self._looked = 0.0
         self._started = time.monotonic()
         clean_leftovers(folder)
+
+    @property
+    def session(self) -> Session | None:
+        """The first that is or was traced, usually the only one."""
+        return self.sessions[0] if self.sessions else None
 
     def attach(self, pid: int, phase: Phase = Phase.UNKNOWN) -> Session:
         """Begin to trace a running process.
@@ -79,16 +89,17 @@ class Capture:
 
     def _begin(self, target: targets.Target, phase: Phase) -> Session:
         writer = TraceWriter(self.folder, session_name(target), session_metadata(target, self.detail))
-        self.session = self.recorder.add(target, writer, self.detail, phase)
-        models = ", ".join(self.session.models)
+        session = self.recorder.add(target, writer, self.detail, phase)
+        self.sessions.append(session)
+        models = ", ".join(session.models)
         log.info("tracing process %d (%s) with %s into %s", target.pid, target.comm, models, self.folder)
-        return self.session
+        return session
 
     def start(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """Start ``command`` and trace it.
+        """Start ``command`` and trace it, and each process that it starts and that uses a model.
 
         Model files that the command line names are counted before the command's first instruction, so that nothing
-        of the load is missed; others from when they are found in its address space.
+        of the load is missed; others from when they are found in the address space of it or of a descendant.
 
         Raises:
             LlmtracedError: it cannot be started.
@@ -111,72 +122,121 @@ class Capture:
 
     def step(self) -> int:
         """Wait a little, take what has come, and return the number of records."""
-        if self.session is None:
+        live = list(self.recorder.sessions.values())
+        if self._child is not None and time.monotonic() - self._looked >= (_FAMILY_SECONDS if live else _LOOK_SECONDS):
+            self._look(self._child.pid)
+        if not live:
             time.sleep(_LOOK_SECONDS)
-            if self._child is not None:
-                for target in targets.scan(_family(self._child.pid)):
-                    if target.mapped_bytes:
-                        self._begin(target, Phase.LOAD)
-                        break
             return 0
-        self.tracer.ring.wait(_POLL_SECONDS if self.session.clocked else _LOOK_SECONDS)
-        if self._wants_scores and self.session.clocked:
-            self._wants_scores = False
-            self._scores = ScoreRecorder.open(self.session, self.recorder.flush_seconds)
-        if self._scores is not None:
-            self._scores.poll()  # before the marks of graphs are read: then those of what it finds are there
+        settled = all(session.clocked and session.target.mapped_bytes for session in live)
+        clocked = all(session.clocked for session in live)
+        self.tracer.ring.wait((_FAMILY_SECONDS if self._child else _POLL_SECONDS) if clocked else _LOOK_SECONDS)
+        if self._wants_scores:
+            for session in live:
+                if session.clocked and session.slot not in self._scores:
+                    self._scores[session.slot] = ScoreRecorder.open(session, self.recorder.flush_seconds)
+        scores = [one for one in self._scores.values() if one is not None]
+        for one in scores:
+            one.poll()  # before the marks of graphs are read: then those of what it finds are there
         n = self.recorder.poll()
-        if self._scores is not None:
-            self._scores.flush()
-        settled = self.session.clocked and self.session.target.mapped_bytes
+        for one in scores:
+            one.flush()
         if time.monotonic() - self._refreshed > (_REFRESH_SECONDS if settled else _LOOK_SECONDS):
             self._refreshed = time.monotonic()
-            self.session.refresh()
+            for session in live:
+                session.refresh()
         return n
+
+    def _look(self, pid: int) -> None:
+        """Begin with what ``pid`` has started, and end with what has ended."""
+        self._looked = time.monotonic()
+        for session in list(self.recorder.sessions.values()):
+            if not session.target.alive:
+                self._end(session)
+        traced = [session.target.pid for session in self.recorder.sessions.values()]
+        for target in targets.scan(_family(pid), known=traced):
+            if target.mapped_bytes:
+                self._begin(target, Phase.LOAD)
+
+    def _end(self, session: Session) -> None:
+        scores = self._scores.pop(session.slot, None)
+        if scores is not None:
+            scores.stop()
+        self.recorder.remove(session)
+        if scores is not None:
+            self.recorder.wait()
+            scores.write()
 
     @property
     def alive(self) -> bool:
-        """Whether what is traced, or waited for, still runs."""
-        if self.session is not None:
-            return self.session.target.alive
-        return self._child is None or self._child.poll() is None
+        """Whether the command, or what is traced, still runs."""
+        if self._child is not None and self._child.poll() is None:
+            return True
+        return any(session.target.alive for session in self.recorder.sessions.values())
+
+    def end(self) -> list[Session]:
+        """Stop tracing; return what was traced, which is on disk then. Another process can be attached to."""
+        for session in list(self.recorder.sessions.values()):
+            self._end(session)
+        self.recorder.wait()
+        ended, self.sessions = self.sessions, []
+        return ended
 
     def close(self) -> dict[str, Any]:
-        """End the trace, write everything, and return what it holds."""
+        """End the trace, write everything, and return what it holds: sums over :attr:`sessions`."""
         unplaced, misses = self.tracer.unplaced, self.tracer.misses()
-        if self._scores is not None:
-            self._scores.stop()
+        for session in list(self.recorder.sessions.values()):
+            self._end(session)
         self.recorder.close()
-        if self._scores is not None:
-            self._scores.write()
         if self._owned:
             self.tracer.close()
-        if self.session is None:
+        if not self.sessions:
             return {"trace": str(self.folder), "account": {}, "rows": {}}
-        self.session.tell_what_was_not_seen()
+        for session in self.sessions:
+            session.tell_what_was_not_seen()
         return {
             "trace": str(self.folder),
-            "session": self.session.writer.session,
+            "session": self.sessions[0].writer.session,
+            "sessions": [session.writer.session for session in self.sessions],
             "seconds": round(time.monotonic() - self._started, 3),
-            "account": self.session.account,
-            "rows": self.session.writer.rows,
-            "bytes": self.session.writer.bytes,
+            "account": self._account(),
+            "rows": _sum(session.writer.rows for session in self.sessions),
+            "bytes": _sum(session.writer.bytes for session in self.sessions),
             "missed": {program: n for program, n in misses.items() if n},
             "unplaced_pages": unplaced,
-            "problems": self.session.problems,
+            "problems": self._problems(),
         }
+
+    def _account(self) -> dict[str, dict[str, int]]:
+        probes = dict.fromkeys(probe for session in self.sessions for probe in session.account)
+        return {
+            probe: _sum(session.account[probe] for session in self.sessions if probe in session.account)
+            for probe in probes
+        }
+
+    def _problems(self) -> list[str]:
+        if len(self.sessions) == 1:
+            return self.sessions[0].problems
+        return [f"process {session.target.pid}: {problem}" for session in self.sessions for problem in session.problems]
 
     def summary(self) -> Iterator[str]:
         """Yield what was recorded, a line each."""
-        if self.session is None:
+        if not self.sessions:
             yield "nothing was recorded: the command never mapped a GGUF model"
             return
-        for probe, cell in self.session.account.items():
+        for probe, cell in self._account().items():
             lost = f", {cell['dropped']:,} dropped" if cell["dropped"] else ", none dropped"
             yield f"{probe}: {cell['counted']:,} counted in the kernel, {cell['delivered']:,} recorded{lost}"
-        yield from self.session.problems
-        size = sum(self.session.writer.bytes.values())
+        yield from self._problems()
+        size = sum(sum(session.writer.bytes.values()) for session in self.sessions)
         yield f"{size / 1e6:.1f} MB in {self.folder}; next: llmtraced report summary {self.folder}"
+
+
+def _sum(each: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for one in each:
+        total.update(one)
+    return dict(total)
 
 
 def _family(pid: int) -> list[int]:

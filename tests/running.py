@@ -22,7 +22,19 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from llmtraced.bench.engine import Server
 
-__all__ = ["TOKENS", "Daemon", "MadeUp", "Sidecar", "accounts", "asking", "build", "mounted", "read_bytes", "sums"]
+__all__ = [
+    "TOKENS",
+    "Daemon",
+    "MadeUp",
+    "Router",
+    "Sidecar",
+    "accounts",
+    "asking",
+    "build",
+    "mounted",
+    "read_bytes",
+    "sums",
+]
 
 TOKENS = 4 if EMULATED else 16
 """Tokens of an answer of :func:`asking`."""
@@ -303,3 +315,12 @@ def asking(
     assert not problems, problems
     if expected:
         assert set(answers) == {expected}
+
+
+class Router(Server):
+    """A llama-server without a model of its own: it starts one for each model of a folder that is asked for."""
+
+    def command(self, port: int) -> list[str]:
+        words = super().command(port)
+        at = words.index("-m")
+        return [*words[:at], "--models-dir", str(self.model.parent), *words[at + 2 :]]

@@ -156,13 +156,11 @@ def _obey(capture: Capture, pid: int, words: list[str]) -> dict[str, Any]:
     if words[0] == "on":
         capture.detail = Detail[words[1]]
         return {"problems": capture.attach(pid).problems}
-    session = capture.session
-    if session is None:
-        return {}
-    capture.recorder.remove(session)
-    capture.recorder.wait()
+    ended = capture.end()
     capture.tracer.detach()
-    capture.session = None
+    if not ended:
+        return {}
+    (session,) = ended
     return {"account": session.account, "bytes": sum(session.writer.bytes.values())}
 
 

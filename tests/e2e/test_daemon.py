@@ -15,7 +15,7 @@ import polars as pl
 import psutil
 import pytest
 from helpers import wait_until
-from running import Daemon
+from running import Daemon, Router
 
 from llmtraced.analysis.reread import reread
 from llmtraced.analysis.trace import open_trace
@@ -96,15 +96,6 @@ def test_metrics_and_trace_tell_the_same_story(tmp_path: Path) -> None:
         counted = scraped("llmtraced_events_total", probe=probe, outcome="counted")
         delivered = scraped("llmtraced_events_total", probe=probe, outcome="delivered")
         assert counted == delivered + scraped("llmtraced_events_total", probe=probe, outcome="dropped") > 0
-
-
-class Router(Server):
-    """A llama-server without a model of its own: it starts one for each model of a folder that is asked for."""
-
-    def command(self, port: int) -> list[str]:
-        words = super().command(port)
-        at = words.index("-m")
-        return [*words[:at], "--models-dir", str(self.model.parent), *words[at + 2 :]]
 
 
 def test_the_servers_that_a_router_starts_are_traced(tmp_path: Path) -> None:

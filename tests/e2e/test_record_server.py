@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 import polars as pl
+import psutil
 import pytest
+from running import Router, accounts, sums
 
 from llmtraced.analysis.reread import reread
 from llmtraced.analysis.trace import open_trace
@@ -23,6 +25,7 @@ from llmtraced.bench.pressure import MemoryCgroup, drop_cache
 from llmtraced.capture import Capture
 from llmtraced.gguf_map import read_model
 from llmtraced.schema import PAGE, Detail, Phase
+from llmtraced.session import Session
 
 pytestmark = pytest.mark.e2e
 
@@ -173,6 +176,65 @@ def test_all_that_is_read_from_the_first_byte_on(gemma: Path, tmp_path: Path) ->
     assert tokens.filter(pl.col("token") > 0)["stall_ns"].null_count() == 0
 
 
+def test_all_that_a_command_starts_is_recorded(tmp_path: Path) -> None:
+    """A router starts a server for each model that is asked for; each is a session, and one may end before the rest."""
+    trace, names = tmp_path / "trace", {"one": 7, "two": 11}
+    for name in names:
+        models.write(tmp_path / "models" / f"{name}.gguf", models.dense_preset(20_000_000))
+    router = Router(
+        tmp_path / "models/one.gguf", binary=ensure_llama_server(), threads=1, ctx=256, extra=("--no-repack",)
+    )
+    capture = Capture(trace, Detail.OPS, flush_seconds=60)
+    child = capture.start(router.command(port := free_port()), env=router.environment)
+
+    def ask(name: str, n: int) -> None:
+        client = threading.Thread(target=complete, args=(port, n, name))
+        client.start()
+        while client.is_alive():
+            capture.step()
+        step_for(capture, 0.3)
+
+    def session(name: str) -> Session | None:
+        return next((one for one in capture.sessions if f"{name}.gguf" in one.models), None)
+
+    try:
+        while not healthy(port):
+            assert child.poll() is None
+            capture.step()
+        assert not capture.sessions, "the router uses no model itself"
+        for name in names:
+            for _ in range(20):
+                ask(name, 1)
+                if (one := session(name)) is not None and one.layout is not None:
+                    break
+        (first, second) = (session(name) for name in names)
+        assert first
+        assert second
+        assert {psutil.Process(one.target.pid).ppid() for one in (first, second)} == {child.pid}
+        before = {one: int(capture.tracer.slots["token"][one.slot]) for one in (first, second)}
+        for name, n in names.items():
+            ask(name, n)
+        os.kill(first.target.pid, signal.SIGKILL)
+        while first.target.alive:
+            capture.step()
+        assert capture.alive
+        ask("two", 5)
+    finally:
+        child.terminate()
+        child.wait()
+    totals = capture.close()
+    assert totals["sessions"] == [first.writer.session, second.writer.session]
+    for one, n in ((first, 7), (second, 11 + 5)):
+        files = sorted((trace / "tokens").glob(f"*-{one.target.pid}-*.parquet"))
+        tokens = pl.concat([pl.read_parquet(f) for f in files]).filter(pl.col("token") > before[one])
+        assert tokens["n_tokens"].to_list() == [3, *[1] * 6] if n == 7 else [3, *[1] * 10, 3, *[1] * 4]
+    operators = [cell for one in (first, second) for cell in accounts(trace, "ops", one.target.pid)]
+    assert totals["account"]["ops"] == sums(operators)
+    assert totals["rows"]["ops"] == totals["account"]["ops"]["delivered"] >= (7 + 11 + 5) * 29
+    assert totals["problems"] == []
+    assert open_trace(trace)
+
+
 def healthy(port: int) -> bool:
     import http.client
 
@@ -186,11 +248,12 @@ def healthy(port: int) -> bool:
         connection.close()
 
 
-def complete(port: int, n: int) -> None:
+def complete(port: int, n: int, model: str = "") -> None:
     import http.client
 
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     body = {"prompt": [10, 11, 12], "n_predict": n, "ignore_eos": True, "temperature": 0, "cache_prompt": False}
+    body |= {"model": model} if model else {}
     connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
     assert connection.getresponse().read()
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 from llmtraced import elf
 from llmtraced import target as targets
 from llmtraced.bench import models
-from llmtraced.bench.pressure import MemoryCgroup, ReadAhead, drop_cache
+from llmtraced.bench.pressure import MemoryCgroup, ReadAhead, drop_cache, resident_bytes
 from llmtraced.bench.touch import Touch, choose_offsets
 from llmtraced.capture import Capture
 from llmtraced.description import session_metadata, session_name
@@ -211,8 +212,12 @@ def test_causes_are_told_apart(model: Path, tmp_path: Path) -> None:
             read = os.pread(stream.fileno(), 5 * PAGE, 4 * PAGE)
             drop_cache(model)
             os.posix_fadvise(stream.fileno(), 0, 7 * PAGE, os.POSIX_FADV_WILLNEED)
+            time.sleep(0.2)  # where there is no cachestat, only what has been read counts
+            before = resident_bytes(model)
             with contextlib.suppress(BlockingIOError):  # it asks for the pages, and does not wait for them
                 os.preadv(stream.fileno(), [bytearray(3 * PAGE)], 900 * PAGE, os.RWF_NOWAIT)
+            time.sleep(0.2)
+            came = resident_bytes(model) - before
         capture.step()
     capture.close()
     assert len(read) == 5 * PAGE
@@ -228,7 +233,8 @@ def test_causes_are_told_apart(model: Path, tmp_path: Path) -> None:
     assert others.filter(pl.col("cause") == "read")["bytes"].sum() == 5 * PAGE
     asked = others.filter(pl.col("cause") == "prefetcher")
     assert asked.filter(pl.col("offset_bytes") < 899 * PAGE)["bytes"].sum() >= 7 * PAGE
-    assert asked.filter(pl.col("offset_bytes") >= 899 * PAGE)["bytes"].sum() == 3 * PAGE
+    assert came in (0, 3 * PAGE)  # on older kernels (6.1) such a read does not begin anything
+    assert asked.filter(pl.col("offset_bytes") >= 899 * PAGE)["bytes"].sum() == came
     reads = table(trace, "reads").filter(pl.col("timestamp") > touched["end_ns"])
     assert reads["bytes"].sum() == 5 * PAGE
     assert reads["offset_bytes"].min() == 4 * PAGE

@@ -354,23 +354,22 @@ def loaded(large: Path) -> Iterator[tuple[Server, Pages, dict[str, Any], list[in
     """A server with 14 of 36 chunks in huge pages, and what tells to hold the 11 that a byte less leaves room for."""
     assert drop_cache(large) == 0
     server = Server(large)
-    fd = os.open(large, os.O_RDONLY)
-    pages = Pages(fd, server.pidfd, server.maps)
-    assert huge_chunks(pages, server, set(range(1, 15))) == set(range(1, 15))
-    config = {
-        "pid": server.child.pid,
-        "pidfd": server.pidfd,
-        "files": [{"fd": fd, "maps": server.maps}],
-        "entries": [[0, 0, 0, pages.size]],
-        "procs": "",
-        "cgroup": {"folder": "", "version": 2},
-        "slack": 4096,
-        "budget": pages.size - 1,
-    }
-    yield server, pages, config, [server.pidfd, fd]
-    pages.close()
-    os.close(fd)
-    server.end()
+    try:
+        with opened(large, server) as pages:
+            assert huge_chunks(pages, server, set(range(1, 15))) == set(range(1, 15))
+            config = {
+                "pid": server.child.pid,
+                "pidfd": server.pidfd,
+                "files": [{"fd": pages.fd, "maps": server.maps}],
+                "entries": [[0, 0, 0, pages.size]],
+                "procs": "",
+                "cgroup": {"folder": "", "version": 2},
+                "slack": 4096,
+                "budget": pages.size - 1,
+            }
+            yield server, pages, config, [server.pidfd, pages.fd]
+    finally:
+        server.end()
 
 
 def test_a_process_holds_until_it_is_told_to_let_go(
