@@ -241,7 +241,7 @@ def _mapped(it: target.Target) -> Iterator[Check]:
         yield Check("mapped", "ok", text, required=False)
     remedy = "start the server with --load-mode mmap" if not it.mapped_bytes else ""
     for label in it.unmapped:
-        yield Check("mapped", "degraded", why_unmapped(label, it.command), remedy, required=False)
+        yield Check("mapped", "degraded", why_unmapped(label, it.load_mode), remedy, required=False)
 
 
 def _hooks(it: target.Target, tracer: Tracer | None) -> Iterator[Check]:

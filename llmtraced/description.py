@@ -29,6 +29,7 @@ def session_metadata(target: Target, detail: Detail) -> dict[str, Any]:
         "pid": target.pid,
         "comm": printable(target.comm),
         "command": [printable(a) for a in target.command],
+        "load_mode": printable(target.load_mode),
         "cgroup_limit_bytes": cgroup.limit if cgroup else None,
         "detail": detail.name.lower(),
         "models": [

@@ -336,7 +336,7 @@ class Session:
         used = {*graph.models.values()}
         for label in self.target.unmapped:
             if label in used:
-                self._problem(why_unmapped(label, self.target.command))
+                self._problem(why_unmapped(label, self.target.load_mode))
         if graph.strangers:
             example = printable(min(graph.strangers))
             files = "that is neither mapped nor named on the command line"
@@ -346,7 +346,7 @@ class Session:
         """Say of which models nothing was mapped until the end, for whatever reason."""
         for label in self.target.unmapped:
             if not any(sentence.startswith(printable(label)) for sentence in self.problems):
-                self._problem(why_unmapped(label, self.target.command))
+                self._problem(why_unmapped(label, self.target.load_mode))
 
     def _problem(self, sentence: str) -> None:
         if sentence not in self.problems:

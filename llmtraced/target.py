@@ -22,6 +22,7 @@ from elftools.common.exceptions import ELFError
 from llmtraced import elf
 from llmtraced.errors import FAILED, NO_PERMISSION, UNSUPPORTED, LlmtracedError, printable
 from llmtraced.gguf_map import Model, is_gguf, read_model
+from llmtraced.loading import load_mode
 
 __all__ = [
     "EVALUATE",
@@ -182,13 +183,14 @@ def gguf_arguments(arguments: Iterable[str], root: str = "", cwd: str = "/") -> 
     return found
 
 
-def _settings(pid: int) -> list[str]:
-    """Return the values of llama.cpp's options that come from the environment (``LLAMA_ARG_MODEL``, …)."""
+def _settings(pid: int) -> dict[str, str]:
+    """Return llama.cpp's options that come from the environment (``LLAMA_ARG_MODEL``, …)."""
     try:
         found = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
-        return []
-    return [os.fsdecode(one.partition(b"=")[2]) for one in found if one.startswith(b"LLAMA_ARG_")]
+        return {}
+    pairs = (os.fsdecode(one).partition("=") for one in found if one.startswith(b"LLAMA_ARG_"))
+    return {name: value for name, _, value in pairs}
 
 
 @dataclass
@@ -199,6 +201,7 @@ class Target:
         models: by label (the first shard's file name, made unique).
         files: every shard of those models; one that is not mapped was read (``--load-mode none``) or is not yet mapped.
         problems: what could not be understood, for the user.
+        load_mode: what llama.cpp was told, see :mod:`llmtraced.loading`.
     """
 
     pid: int
@@ -208,6 +211,7 @@ class Target:
     models: dict[str, Model] = field(default_factory=dict)
     files: list[ModelFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    load_mode: str = ""
 
     @property
     def alive(self) -> bool:
@@ -328,7 +332,8 @@ def find_target(pid: int) -> Target:
 
 def from_arguments(pid: int, command: Sequence[str]) -> Target | None:
     """Return the target that ``pid`` will be once it has become ``command``, or None if that names no GGUF file."""
-    target = Target(pid, start_ticks(pid), os.path.basename(command[0])[:15], list(command))
+    mode = load_mode(command, _settings(pid))
+    target = Target(pid, start_ticks(pid), os.path.basename(command[0])[:15], list(command), load_mode=mode)
     _take_models(target, gguf_arguments(command, cwd=os.getcwd()), [])
     return target if target.models else None
 
@@ -372,17 +377,17 @@ def _look(pid: int) -> Target | None:
     command = [os.fsdecode(a) for a in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]]
     if not command:
         return None  # a kernel thread, or gone
-    found = maps(pid)
+    found, settings = maps(pid), _settings(pid)
     mapped = [m for m in found if _maps_gguf(pid, m)]
     root = f"/proc/{pid}/root" if os.path.realpath(f"/proc/{pid}/root") != "/" else ""
     paths: list[str] = list(dict.fromkeys(reachable(pid, m) for m in mapped))
     if any("ggml" in os.path.basename(m.path) or "llama" in os.path.basename(m.path) for m in found):
         cwd = os.readlink(f"/proc/{pid}/cwd")
-        paths += [p for p in gguf_arguments([*command, *_settings(pid)], root, cwd) if p not in paths]
+        paths += [p for p in gguf_arguments([*command, *settings.values()], root, cwd) if p not in paths]
     if not paths:
         return None
     comm = Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
-    target = Target(pid, start_ticks(pid), comm, command)
+    target = Target(pid, start_ticks(pid), comm, command, load_mode=load_mode(command, settings))
     _take_models(target, paths, mapped)
     return target if target.models else None
 

@@ -24,7 +24,7 @@ from llmtraced.analysis.finding import (
     speed,
 )
 from llmtraced.analysis.trace import Trace, unmapped, verdict
-from llmtraced.loading import why_unmapped
+from llmtraced.loading import recorded_mode, why_unmapped
 
 __all__ = ["FINDINGS", "advise"]
 
@@ -267,9 +267,8 @@ def _repacked(it: Facts) -> Finding:
         "not_known_bytes": unclear,
         "bytes_read_per_token": it.read_per_token,
     }
-    words = it.trace.meta.get("command") or []
-    words = words.split() if isinstance(words, str) else [str(word) for word in words]
-    beside = "; ".join(why_unmapped(model, words) for model in read)
+    mode = recorded_mode(it.trace.meta)
+    beside = "; ".join(why_unmapped(model, mode) for model in read)
     if read and not here and not away:
         why = (
             "What was read into the server's own memory cannot be evicted without swap, and is not shared between "

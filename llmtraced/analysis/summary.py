@@ -14,6 +14,7 @@ from llmtraced.analysis.pages import Pages
 from llmtraced.analysis.reread import TensorReads, reread
 from llmtraced.analysis.tokens import paces, per_token
 from llmtraced.analysis.trace import Trace, collect, unmapped
+from llmtraced.loading import recorded_mode
 
 __all__ = ["summary"]
 
@@ -45,6 +46,7 @@ def summary(trace: Trace, phase: str | None = None, top: int = 10) -> dict[str, 
             key: trace.meta.get(key)
             for key in ("tool_version", "kernel", "pid", "command", "cgroup_limit_bytes", "detail")
         },
+        "load_mode": recorded_mode(trace.meta),
         "started": _started(trace),
         "duration_ns": 0 if trace.first_ns is None or trace.last_ns is None else trace.last_ns - trace.first_ns,
         "phase": phase,

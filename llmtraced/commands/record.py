@@ -1,11 +1,13 @@
-"""Trace a process into a folder of Parquet.
+"""Trace a process, or all that a command starts, into a folder of Parquet.
 
   llmtraced record --pid 1234 --duration 60s -o trace
   llmtraced record --detail ops -o trace -- llama-server -m model.gguf -c 4096
+  llmtraced record -o trace -- llama-server --models-dir models
 
-With a command, tracing begins before the model is loaded and ends with the command; otherwise it ends after
---duration, with the process, or at Ctrl-C. What is recorded is complete on disk every few seconds, and
-`llmtraced report summary TRACE` reads it at any moment. The process is never stopped or changed.
+With a command, tracing begins before the model is loaded and ends with the command; each process that it starts and
+that uses a model is traced. Otherwise it ends after --duration, with the process, or at Ctrl-C. What is recorded is
+complete on disk every few seconds, and `llmtraced report summary TRACE` reads it at any moment. The process is never
+stopped or changed.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ log = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--pid", type=int, help="the process to trace")
-    parser.add_argument("command", nargs="*", metavar="-- CMD …", help="start this and trace it")
+    parser.add_argument("command", nargs="*", metavar="-- CMD …", help="start this and trace it, and what it starts")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="TRACE", help="folder for the trace")
     parser.add_argument("--force", action="store_true", help="write into a folder that has a trace already")
     parser.add_argument(

@@ -256,7 +256,7 @@ def _main_model(target: Target) -> tuple[str, Model]:
     label = max(mapped, key=lambda name: mapped[name])
     if not mapped[label]:
         raise LlmtracedError(
-            f"process {target.pid}: {why_unmapped(label, target.command)}. Its pages cannot be managed: start the "
+            f"process {target.pid}: {why_unmapped(label, target.load_mode)}. Its pages cannot be managed: start the "
             "server with --load-mode mmap",
             UNSUPPORTED,
         )
@@ -267,7 +267,7 @@ def _tell_of_others(target: Target, label: str) -> None:
     """Say which other models there are, which this sidecar does not serve, and what leaves it nothing to do."""
     for other in (name for name in target.models if name != label):
         if other in target.unmapped:
-            log.info("%s", why_unmapped(other, target.command))
+            log.info("%s", why_unmapped(other, target.load_mode))
         else:
             log.warning("%s is served; %s is left to the kernel", printable(label), printable(other))
     locked = target.locked_bytes

@@ -101,7 +101,6 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         for key in ("cause", "process")
     }
     command = report["command"] or "?"
-    words = command.split() if isinstance(command, str) else [str(word) for word in command]
     command = command if isinstance(command, str) else shlex.join(str(word) for word in command)
     models = [f"{printable(str(model.get('model')))} ({size(model.get('size_bytes'))})" for model in report["models"]]
     recorded = f"{report['started'] or '?'}, {duration(report['duration_ns'])}, detail {report['detail']}"
@@ -122,7 +121,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("read by", moved["process"]),
         ("evicted", size(report["evicted_bytes"])),
         ("not mapped", f"{several(away['count'], 'tensor')}, {size(away['size_bytes'])}" if away["count"] else ""),
-        ("not traced", "; ".join(why_unmapped(model, words) for model in report["unmapped"])),
+        ("not traced", "; ".join(why_unmapped(model, report["load_mode"]) for model in report["unmapped"])),
     ]
 
 

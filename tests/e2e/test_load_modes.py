@@ -440,9 +440,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 REFUSED = {
-    "none": ("dense.gguf", ("--load-mode", "none", "--no-repack"), READ),
-    "dio": ("dense.gguf", ("--load-mode", "dio", "--no-repack"), DIRECT),
-    "repacked": ("q4.gguf", (), "copies in the server's own memory: start it with --no-repack"),
+    "none": ("dense.gguf", {"LLAMA_ARG_LOAD_MODE": "none"}, READ),
+    "dio": ("dense.gguf", {"LLAMA_ARG_LOAD_MODE": "dio"}, DIRECT),
+    "repacked": ("q4.gguf", {}, "copies in the server's own memory: start it with --no-repack"),
 }
 
 
@@ -450,8 +450,8 @@ REFUSED = {
 def test_the_sidecar_says_why_there_is_nothing_for_it(
     name: str, folder: Path, tmp_path: Path, llama_server: Path
 ) -> None:
-    model, options, why = REFUSED[name]
-    with Server(folder / model, binary=llama_server, threads=1, ctx=256, extra=options) as server:
+    model, environment, why = REFUSED[name]
+    with Server(folder / model, binary=llama_server, threads=1, ctx=256, env=environment) as server:
         before = server.completion(PROMPT, TOKENS)["content"]
         with Sidecar(server.pid, tmp_path) as sidecar, asking(server, before, tokens=TOKENS):
             assert sidecar.child.wait(60) == UNSUPPORTED, sidecar.said()

@@ -1,32 +1,46 @@
-"""What a command line says of how a model is loaded."""
+"""What a command line and an environment say of how a model is loaded."""
 
 from __future__ import annotations
 
 import pytest
 
-from llmtraced.loading import direct_io, why_unmapped
+from llmtraced.loading import load_mode, recorded_mode, why_unmapped
 
 
 @pytest.mark.parametrize(
-    ("words", "direct"),
+    ("words", "mode"),
     [
-        ("llama-server -m a.gguf --load-mode dio", True),
-        ("llama-server -lm dio -m a.gguf", True),
-        ("llama-server --load-mode=dio", True),
-        ("llama-server -dio", True),
-        ("llama-server --direct-io", True),
-        ("llama-server --load-mode none", False),
-        ("llama-server --alias dio", False),
-        ("dio", False),
-        ("", False),
+        ("llama-server -m a.gguf --load-mode dio", "dio"),
+        ("llama-server -lm dio -m a.gguf", "dio"),
+        ("llama-server --load-mode=dio", "dio"),
+        ("llama-server -dio", "dio"),
+        ("llama-server --direct-io", "dio"),
+        ("llama-server --load-mode none", "none"),
+        ("llama-server -lm dio -lm mmap", "mmap"),
+        ("llama-server --alias dio", ""),
+        ("dio", ""),
+        ("", ""),
     ],
 )
-def test_direct_io_is_told_from_other_words(words: str, direct: bool) -> None:
-    assert direct_io(words.split()) == direct
+def test_the_mode_is_told_from_other_words(words: str, mode: str) -> None:
+    assert load_mode(words.split()) == mode
+
+
+def test_the_command_line_counts_before_the_environment() -> None:
+    environment = {"LLAMA_ARG_LOAD_MODE": "dio", "LLAMA_ARG_ALIAS": "x"}
+    assert load_mode(["llama-server", "-m", "a.gguf"], environment) == "dio"
+    assert load_mode(["llama-server", "-lm", "none"], environment) == "none"
+
+
+def test_older_traces_have_the_command_line_only() -> None:
+    assert recorded_mode({"command": ["llama-server", "-dio"]}) == "dio"
+    assert recorded_mode({"command": "llama-server -lm none"}) == "none"
+    assert recorded_mode({"command": ["llama-server", "-dio"], "load_mode": "mmap"}) == "mmap"
+    assert recorded_mode({"command": None}) == ""
 
 
 def test_what_is_not_seen_depends_on_how_it_was_read() -> None:
-    plain, direct = why_unmapped("a\x1b.gguf", ["-lm", "none"]), why_unmapped("a.gguf", ["-lm", "dio"])
+    plain, direct = why_unmapped("a\x1b.gguf", "none"), why_unmapped("a.gguf", "dio")
     assert "reads of the file are recorded" in plain
     assert "\x1b" not in plain
     assert "neither its reads" in direct
