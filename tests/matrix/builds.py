@@ -173,6 +173,7 @@ BUILDS: Final = (
         ("-DGGML_LTO=ON", *(f"-DCMAKE_{c}_FLAGS=-fno-semantic-interposition" for c in ("C", "CXX"))),
         instead="server-11434",
     ),
+    Build("server-11434-static-lto", "11434", ("-DBUILD_SHARED_LIBS=OFF", "-DGGML_LTO=ON")),
     Build("server-11434-debug-info", "11434", ("-DCMAKE_BUILD_TYPE=RelWithDebInfo",)),
     Build("server-11434-debug", "11434", ("-DCMAKE_BUILD_TYPE=Debug",)),
     Build("server-11434-stripped", "11434", stripped="server-11434"),
