@@ -69,6 +69,16 @@ def let_go(server: Server, group: MemoryCgroup) -> None:
     wait_until(lambda: {*group.pids()} <= {server.pid}, 10, "nobody else is there")
 
 
+def answers_stay(server: Server, sidecar: Sidecar, expected: str, times: int, settings: dict[str, Any]) -> None:
+    """Have the server answer until the sidecar is engaged, and then some times more: always the same."""
+    deadline = time.monotonic() + (300 if EMULATED else 60)
+    while not sidecar.metrics().get("engaged"):
+        assert time.monotonic() < deadline, sidecar.said()
+        assert server.completion(PROMPT, TOKENS, **settings)["content"] == expected
+    for _ in range(times):
+        assert server.completion(PROMPT, TOKENS, **settings)["content"] == expected
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.write(tmp_path_factory.mktemp("prefetch") / "dense.gguf", models.dense_preset(SIZE))
@@ -541,12 +551,7 @@ def test_a_mixtures_choices_are_known_before_they_are_made(
         # Of one of them everything is guessed that can be.
         options = ("auto", "--predict", ",".join(SOURCES)) if arch == "llama" else ("moe",)
         with Sidecar(server.pid, tmp_path, "--trial", "0", "--strategy", *options) as sidecar:
-            deadline = time.monotonic() + (300 if EMULATED else 60)
-            while not sidecar.metrics().get("engaged"):
-                assert time.monotonic() < deadline, sidecar.said()
-                assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
-            for _ in range(3):
-                assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
+            answers_stay(server, sidecar, expected, 3, varied)
             wait_until(sidecar.first, 20, "all of its threads go before the server's")
             assert group.usage() <= limit
             summary = sidecar.end()
@@ -583,12 +588,7 @@ def test_a_mixtures_experts_come_in_large_folios(tmp_path: Path, llama_server: P
         varied = {"temperature": 1.0, "seed": 7}
         expected = server.completion(PROMPT, TOKENS, **varied)["content"]
         with Sidecar(server.pid, tmp_path, "--trial", "0") as sidecar:
-            deadline = time.monotonic() + (300 if EMULATED else 60)
-            while not sidecar.metrics().get("engaged"):
-                assert time.monotonic() < deadline, sidecar.said()
-                assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
-            for _ in range(4):
-                assert server.completion(PROMPT, TOKENS, **varied)["content"] == expected
+            answers_stay(server, sidecar, expected, 4, varied)
             assert group.usage() <= 130 * MIB
             summary = sidecar.end()
         if summary["path"] != "huge":
