@@ -174,8 +174,16 @@ BUILDS: Final = (
         instead="server-11434",
     ),
     Build("server-11434-static-lto", "11434", ("-DBUILD_SHARED_LIBS=OFF", "-DGGML_LTO=ON")),
-    Build("server-11434-debug-info", "11434", ("-DCMAKE_BUILD_TYPE=RelWithDebInfo",)),
-    Build("server-11434-debug", "11434", ("-DCMAKE_BUILD_TYPE=Debug",)),
+    *(
+        Build(
+            f"server-11434-{name}",
+            "11434",
+            (f"-DCMAKE_BUILD_TYPE={kind}",),
+            instead="server-11434",
+            libraries=("libggml-base", "libggml-cpu"),
+        )
+        for name, kind in (("debug-info", "RelWithDebInfo"), ("debug", "Debug"))
+    ),
     Build("server-11434-stripped", "11434", stripped="server-11434"),
     Build("server-11434-static-stripped", "11434", stripped="server-11434-static", blind=True),
     *(
