@@ -117,14 +117,19 @@ def counting(switch: Path = Path("/proc/sys/kernel/bpf_stats_enabled")) -> Itera
         switch.write_text(before)
 
 
-def program_runs(pid: int) -> tuple[int, int]:
-    """Return how often the BPF programs that a process holds ran, and for how many ns, while :func:`counting`."""
+def program_runs(pid: int, kind: int | None = None) -> tuple[int, int]:
+    """Return how often the BPF programs that a process holds ran, and for how many ns, while :func:`counting`.
+
+    Args:
+        pid: the process.
+        kind: only those of this BPF_PROG_TYPE; of uprobes, kernel.KINDS["KPROBE"][0].
+    """
     found: dict[bytes, tuple[int, int]] = {}
     for info in Path(f"/proc/{pid}/fdinfo").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile
             pairs = (line.partition(b":") for line in info.read_bytes().splitlines())
             fields = {key: value.strip() for key, _, value in pairs}
-            if b"run_cnt" in fields:
+            if b"run_cnt" in fields and kind in (None, int(fields[b"prog_type"])):
                 found[fields[b"prog_id"]] = int(fields[b"run_cnt"]), int(fields[b"run_time_ns"])
     return sum(count for count, _ in found.values()), sum(ns for _, ns in found.values())
 

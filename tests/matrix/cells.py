@@ -36,6 +36,7 @@ from llmtraced.bench.shapes import BYTE_TOKENS, FIRST_BYTE
 from llmtraced.bench.switch import counting, program_runs
 from llmtraced.capture import Capture
 from llmtraced.gguf_map import read_model
+from llmtraced.probes.kernel import KINDS
 from llmtraced.probes.tracer import Tracer
 from llmtraced.schema import PAGE, Detail
 from llmtraced.session import Session
@@ -43,6 +44,7 @@ from llmtraced.session import Session
 __all__ = ["CELLS", "Cell", "Models", "make_models"]
 
 TOKENS = 13  # prime
+UPROBE = KINDS["KPROBE"][0]
 STARTS = 7
 PROMPT = [11, 12, 14]
 INPUT = ("get_rows", "set_rows", "dup", "cpy")
@@ -473,7 +475,9 @@ def hooks(build: Build, files: Models, folder: Path) -> Cell:
 
 
 def overhead(build: Build, files: Models, folder: Path) -> Cell:
-    """How often the programs run for a token, against the operators recorded, and for how long by the kernel's clock.
+    """How often uprobes' programs run for a token, against the operators recorded, and for how long by the kernel.
+
+    What runs for page faults and the page cache is left out: that runs for all that the machine does.
 
     Two threads run them and the first one's operators are recorded, so there are about twice as many runs; the way to
     see matrices alone (``ops``) takes fewer than that for all operators.
@@ -490,9 +494,9 @@ def overhead(build: Build, files: Models, folder: Path) -> Cell:
             recording.step(0.1)
             before = recording.graphs
             with counting():
-                start, start_ns = program_runs(os.getpid())
+                start, start_ns = program_runs(os.getpid(), UPROBE)
                 engine.ask(TOKENS)
-                end, end_ns = program_runs(os.getpid())
+                end, end_ns = program_runs(os.getpid(), UPROBE)
             recording.step()
         runs[way] = (end - start) / TOKENS
         ways.append(f"{way} {runs[way]:,.0f}, {(end_ns - start_ns) / TOKENS / 1e3:,.0f} µs")
@@ -501,7 +505,9 @@ def overhead(build: Build, files: Models, folder: Path) -> Cell:
             cell.check(recorded >= 85, f"{way}: {recorded} operators a token were recorded")
             cell.check(recorded < runs[way] < 3 * recorded + 20, f"{way}: {runs[way]} runs for {recorded} operators")
     cell.text = "; ".join(ways)
-    cell.check(build.blind or 2 * runs["faults"] < runs["ops"] < runs["full"], f"runs a token: {runs}")
+    expected = 0 if build.blind else 2  # a graph's begin and its end
+    cell.check(abs(runs["faults"] - expected) < 0.5, f"faults: {runs['faults']} runs a token")
+    cell.check(build.blind or runs["ops"] < runs["full"], f"runs a token: {runs}")
     return cell
 
 
