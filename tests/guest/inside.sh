@@ -37,6 +37,9 @@ for folder in "/run/machine$kernel/usr/src"/* /run/machine/usr/src/*; do
 done
 test "$(uname -r)" = "$release"
 
+# Newer kernels (7.3) have khugepaged read the whole of 2 MiB of a mapped file of which some pages are there: not into counts.
+echo 3600000 > /sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs || true
+
 export TMPDIR=/temporary HOME="${HOME:-/root}" PATH="$repository/.venv/bin:$PATH"
 export PYTHONDONTWRITEBYTECODE=1 LLMTRACED_KERNEL=1 LLMTRACED_E2E=1 LLMTRACED_EMULATED=1
 # Here a clock may be set and the machine suspended.
