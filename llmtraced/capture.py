@@ -29,7 +29,7 @@ __all__ = ["Capture"]
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.02  # between looks at a process that has not mapped its model yet
-_FAMILY_SECONDS = 0.1  # between looks for further processes; each costs some 500 us
+_FAMILY_SECONDS = 0.1  # between looks for further processes of a command: each reads /proc for all of its threads
 _REFRESH_SECONDS = 1.0  # between looks at where its models are mapped
 _POLL_SECONDS = 0.25  # each look costs some 100 us; the probes wake us for a first graph, and where the ring fills up
 
