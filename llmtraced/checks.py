@@ -11,15 +11,12 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
-from elftools.elf.sections import NoteSection
 
-from llmtraced import elf, target
+from llmtraced import elf, layouts, target
 from llmtraced.cgroup import cgroup_of
 from llmtraced.errors import LlmtracedError, printable
 from llmtraced.loading import why_unmapped
@@ -31,7 +28,7 @@ from llmtraced.requirements import IN_CONTAINER, Check, Status, all_fine, read_t
 from llmtraced.resolve import Extents
 from llmtraced.schema import EVENT, Kind, Phase, Probe
 
-__all__ = ["Check", "Status", "all_fine", "build_id", "probes", "process", "refused", "run"]
+__all__ = ["Check", "Status", "all_fine", "probes", "process", "refused", "run"]
 
 _POINTS: Final = (*KERNEL_POINTS, MATRICES, *PROCESS_POINTS)
 _OTHERWISE: Final = {p.otherwise.program: p.lost for p in KERNEL_POINTS if isinstance(p, Tracepoint) and p.otherwise}
@@ -248,7 +245,10 @@ def _hooks(it: target.Target, tracer: Tracer | None) -> Iterator[Check]:
     """Yield the libraries that the hooks are in, and each hook: there, and attachable."""
     wanted = {p.symbol: it.symbols[p.symbol] for p in PROCESS_POINTS if p.symbol in it.symbols}
     for path in dict.fromkeys(s.library for s in wanted.values()):
-        yield Check("library", "ok", f"{printable(path)}, {build_id(path)}", required=False)
+        build = f"build id {found}" if (found := elf.build_id(path)) else "no build id"
+        yield Check("library", "ok", f"{printable(path)}, {build}", required=False)
+    if target.EVALUATE in wanted:
+        yield _layout(wanted[target.EVALUATE].library)
     if not wanted:
         why = "no function of ggml is found: tokens, operators and experts are not recorded; faults and page cache are"
         remedy = "use a build whose symbols were not stripped, or one with shared libraries"
@@ -277,6 +277,16 @@ def _hooks(it: target.Target, tracer: Tracer | None) -> Iterator[Check]:
         yield _matrices(it, tracer)
 
 
+def _layout(library: str) -> Check:
+    source = layouts.foreseen(library)
+    words = {
+        layouts.KEPT: "kept from an earlier process of this build",
+        layouts.MEMORY: "to be derived from its memory",
+    }
+    text = words.get(source, f"described by its {source} information")
+    return Check("layout", "ok", f"of ggml's structures: {text}, and checked against its first graph", required=False)
+
+
 def _matrices(it: target.Target, tracer: Tracer) -> Check:
     name = f"hook {MATRICES}"
     try:
@@ -284,20 +294,6 @@ def _matrices(it: target.Target, tracer: Tracer) -> Check:
     except LlmtracedError as error:
         return Check(name, "degraded", f"{error}; lost: {MATRICES.lost}", required=False)
     return Check(name, "ok", f"{MATRICES}: attached and detached (dense models, --detail ops)", required=False)
-
-
-def build_id(path: str) -> str:
-    """Return an ELF file's build id as ``build id 01ab…``, or that it has none."""
-    try:
-        with Path(path).open("rb") as stream:
-            for section in ELFFile(stream).iter_sections():
-                if isinstance(section, NoteSection):
-                    for note in section.iter_notes():
-                        if note["n_type"] == "NT_GNU_BUILD_ID":
-                            return f"build id {note['n_desc']}"
-    except (ELFError, OSError, ValueError, KeyError):
-        pass
-    return "no build id"
 
 
 def _limit(it: target.Target) -> Check:

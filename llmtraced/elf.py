@@ -1,4 +1,4 @@
-"""Symbols of ELF files, both tables at once, as arrays: a large binary has 10^5 of them."""
+"""Build ids and symbols of ELF files; both tables at once, as arrays: a large binary has 10^5 of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
-__all__ = ["functions"]
+__all__ = ["build_id", "functions"]
 
 _SYMBOL = np.dtype(
     [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("section", "<u2"), ("value", "<u8"), ("size", "<u8")]
@@ -33,6 +33,19 @@ def functions(path: str, *prefixes: bytes) -> dict[str, int]:
                 if address <= value < address + size:
                     found.setdefault(name, value - address + offset)
     return found
+
+
+def build_id(path: str) -> str:
+    """Return an ELF file's build id, hexadecimal digits; empty: it has none, or cannot be read."""
+    try:
+        with open(path, "rb") as stream:  # noqa: PTH123  a path in /proc
+            for segment in ELFFile(stream).iter_segments("PT_NOTE"):
+                for note in segment.iter_notes():
+                    if note["n_type"] == "NT_GNU_BUILD_ID" and re.fullmatch("[0-9a-f]{8,}", note["n_desc"]):
+                        return str(note["n_desc"])
+    except (ELFError, OSError, ValueError, KeyError):
+        pass
+    return ""
 
 
 def _open(stream: BinaryIO) -> ELFFile:

@@ -33,6 +33,7 @@ __all__ = [
     "known_weights",
     "memory_reader",
     "read_graph",
+    "verify",
 ]
 
 Reader = Callable[[int, int], bytes]
@@ -245,9 +246,64 @@ def derive(read: Reader, graph: int, weights: Weights) -> Layout:
     nb = ne + 32
     op = nb + 32
     layout = Layout(4, 16, op, ne, nb, src, data_at, names_at, 0, 0)
-    if not ne < op < src <= OPERATOR_BYTES - 16 or not src < data_at < names_at:
-        raise _unsupported(f"its fields are in no known order ({layout})")
+    _check_order(layout)
     return _with_ops(read_graph(read, graph, layout, weights), layout, weights)
+
+
+def verify(read: Reader, graph: int, layout: Layout, weights: Weights) -> None:
+    """Check that a live graph, read by a layout, has the model's weights in it: names, shapes, data and operators.
+
+    A layout without ``op_mul_mat_id`` (derived from a dense model) does not explain a graph with experts.
+
+    Args:
+        read: the process's memory.
+        graph: address of the ``ggml_cgraph`` that is being, or was just, evaluated.
+        layout: of another process, or described.
+        weights: by name, from the GGUF.
+
+    Raises:
+        LlmtracedError: it does not explain what is there; the message says what did not fit.
+        OSError: the memory is gone.
+    """
+    _check_order(layout)
+    found = read_graph(read, graph, layout, weights)
+    if not found.weights:
+        raise _unsupported("no source of its nodes has the name and shape of a tensor of the model")
+    known = [(weights[name], data) for name, data in found.weights.values()]
+    mapped = [(places, data) for same, data in known if (places := {w.address for w in same} - {None})]
+    if mapped:
+        fits = any(data in places for places, data in mapped)
+    else:
+        fits = any(_begins_as(read, data, _heads(same)) for same, data in known[:_HEADS])
+    if not fits:
+        raise _unsupported("no tensor's data are where the model's file says")
+    for address, (name, _) in list(found.weights.items())[:_HEADS]:
+        # Weights are contiguous; that of the first dimension is a block's size.
+        _, rows, matrices, whole = struct.unpack("<4Q", read(address + layout.tensor_nb, 32))
+        ne = (*weights[name][0].shape, 1, 1, 1)[:4]
+        if not 0 < rows * ne[1] == matrices or matrices * ne[2] != whole:
+            raise _unsupported("no tensor's strides are those of its shape")
+    told = _with_ops(found, layout, weights)
+    if told.op_mul_mat != layout.op_mul_mat or told.op_mul_mat_id not in (0, layout.op_mul_mat_id):
+        raise _unsupported("its matrices are multiplied by other operators")
+
+
+def _heads(same: Sequence[Weight]) -> list[bytes]:
+    return [head for weight in same if any(head := weight.head())]  # zeros tell nothing
+
+
+def _begins_as(read: Reader, address: int, heads: Sequence[bytes]) -> bool:
+    try:
+        return _plausible(address) and any(read(address, len(head)) == head for head in heads)
+    except OSError:
+        return False
+
+
+def _check_order(layout: Layout) -> None:
+    """Check what the programs rely on: fields in the order of the declaration, an operator's within what they read."""
+    in_front = layout.tensor_ne < layout.tensor_nb < layout.tensor_op < layout.tensor_src <= OPERATOR_BYTES - 16
+    if not in_front or not layout.tensor_src < layout.tensor_data < layout.tensor_name:
+        raise _unsupported(f"its fields are in no known order ({layout})")
 
 
 def _try(read: Reader, address: int) -> bytes:
@@ -286,18 +342,11 @@ def _find_data(read: Reader, content: bytes, same: Sequence[Weight], end: int) -
         end: where to stop looking.
     """
     places = {weight.address for weight in same if weight.address is not None}
-    heads = [] if places else [head for weight in same if any(head := weight.head())]
+    heads = [] if places else _heads(same)
     for at in range(end - 8, 64, -8):
         (pointer,) = struct.unpack_from("<Q", content, at)
-        if places:
-            if pointer in places:
-                return at
-        elif _plausible(pointer) and heads:
-            try:
-                if any(read(pointer, len(head)) == head for head in heads):
-                    return at
-            except OSError:
-                continue
+        if pointer in places if places else _begins_as(read, pointer, heads):
+            return at
     return None  # repacked, or all zeros
 
 

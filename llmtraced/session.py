@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from llmtraced import clock
+from llmtraced import clock, layouts
 from llmtraced.description import session_metadata, tensor_table
 from llmtraced.dial import Load
 from llmtraced.errors import LlmtracedError, printable
-from llmtraced.ggml_layout import Graph, Layout, derive, known_weights, memory_reader, read_graph
+from llmtraced.ggml_layout import Graph, Layout, known_weights, memory_reader, read_graph
 from llmtraced.gguf_map import Model
 from llmtraced.ledger import Account, Ledger
 from llmtraced.loading import why_unmapped
@@ -92,6 +92,8 @@ class Session:
     Attributes:
         ledger: the account of what was written and what was not.
         described: whether the table of tensors is on disk.
+        layout: where fields lie in ggml's structures, once a graph was read by it; None: not known (yet).
+        layout_from: where that is from, see :func:`llmtraced.layouts.find`.
         op_names: of the build's ``enum ggml_op``.
         unbacked: tensors that the process computes with from elsewhere than the mapping.
         problems: what cannot be traced in this process, a sentence each.
@@ -107,6 +109,7 @@ class Session:
         self.files: dict[tuple[str, int], int] = {}
         self.models: dict[str, Model] = {}
         self.layout: Layout | None = None
+        self.layout_from = ""
         self.graph: Graph | None = None
         self.problems: list[str] = list(target.problems)
         self.op_names: dict[int, str] = {}
@@ -298,8 +301,11 @@ class Session:
             read = memory_reader(self.target.pid)
             if self.layout is None:
                 self._tries += 1
-                self.layout = derive(read, address, weights)
+                hook = self._hooked.get(EVALUATE)
+                found = layouts.find(read, address, weights, hook.library if hook else "")
+                self.layout, self.layout_from = found
                 self._apply_layout(self.layout)
+                self.writer.describe({"ggml_layout": self.layout_from})
             graph = read_graph(read, address, self.layout, weights)
             if not self._graphs_read:
                 names = operator_names(self.target, read)

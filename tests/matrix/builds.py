@@ -68,6 +68,11 @@ class Build:
     python: str = ""
     blind: bool = False
 
+    @property
+    def described(self) -> bool:
+        """Whether it has debug information."""
+        return any(option.startswith("-DCMAKE_BUILD_TYPE=") for option in self.cmake)
+
     def get(self) -> Path:
         """Return the server's program, or the folder with the Python package, made or fetched if it is not there."""
         if self.pinned:

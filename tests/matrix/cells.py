@@ -24,10 +24,11 @@ from typing import Any
 import polars as pl
 from builds import BUILDS, Build
 from choices import compare, only_the_chosen_are_touched
+from ggml_functions import unlike_its_functions
 from helpers import wait_until
-from layouts import by_debug_information, unlike_its_functions
 from running import Daemon
 
+from llmtraced import layouts
 from llmtraced.analysis.trace import open_trace
 from llmtraced.bench import models
 from llmtraced.bench.engine import Server, SyncEngine
@@ -35,11 +36,13 @@ from llmtraced.bench.pressure import drop_cache, resident_bytes
 from llmtraced.bench.shapes import BYTE_TOKENS, FIRST_BYTE
 from llmtraced.bench.switch import counting, program_runs
 from llmtraced.capture import Capture
+from llmtraced.ggml_layout import derive, known_weights, memory_reader
 from llmtraced.gguf_map import read_model
 from llmtraced.probes.kernel import KINDS
 from llmtraced.probes.tracer import Tracer
 from llmtraced.schema import PAGE, Detail
 from llmtraced.session import Session
+from llmtraced.target import EVALUATE, find_target
 
 __all__ = ["CELLS", "Cell", "Models", "make_models"]
 
@@ -186,18 +189,27 @@ def _faults_of(pid: int) -> int:
 
 
 def layout(build: Build, files: Models, folder: Path) -> Cell:
-    """Where fields lie, against what ggml's own functions do, and against debug information where there is any."""
-    cell = Cell()
-    with running(build, files.mixture) as engine, Recording(folder, engine, Detail.OPS) as recording:
-        recording.learn()
+    """Where fields lie, by each way there is to know it, against what ggml's own functions do."""
+    cell, sources, derived = Cell(), [], None
+    with running(build, files.mixture) as engine:
+        symbol = find_target(engine.pid).symbols.get(EVALUATE)
+        path = layouts.kept_path(symbol.library) if symbol else None
+        if path:
+            path.unlink(missing_ok=True)
+        for again in ("", "again"):
+            with Recording(folder / f"layout{again}", engine, Detail.OPS) as recording:
+                recording.learn()
+                session = recording.session
+                found, problems = session.layout, list(session.problems)
+                sources.append(session.layout_from)
+                if session.layout:
+                    read, weights = memory_reader(engine.pid), known_weights(session.models, session._address)
+                    derived = derive(read, next(iter(session._graphs_read))[0], weights)
         mapped = {Path(line.split()[-1]) for line in Path(f"/proc/{engine.pid}/maps").read_text().splitlines()}
-        program = Path(f"/proc/{engine.pid}/exe").readlink()
-        problems = list(recording.session.problems)
     base = sorted(path for path in mapped if path.name.startswith("libggml-base"))
     if not base:  # a static build: that of the same source with shared libraries has the same structures
         shared = next(b for b in BUILDS if b.version == build.version and b.pinned)
         base = sorted(shared.get().resolve().parents[1].rglob("libggml-base.so*"))
-    found = recording.session.layout
     if build.blind:
         cell.check(found is None and problems, f"{found}, problems {problems}")
         cell.text = "lost, and said"
@@ -207,11 +219,10 @@ def layout(build: Build, files: Models, folder: Path) -> Cell:
         return cell
     fields = asdict(found)
     cell.wrong += unlike_its_functions(base[0], fields)
-    cell.text = f"{len(fields)} of {len(fields)} fields"
-    described = by_debug_information(base[0] if base[0] in mapped else program)
-    if described:
-        cell.check(described == fields, f"{fields}; debug information says {described}")
-        cell.text += ", by debug information too"
+    first = "DWARF" if build.described else "memory"
+    cell.check(sources == [first, "kept" if path else first], f"from {sources}, build id {bool(path)}")
+    cell.check(derived == found, f"from {sources[0]}: {found}; derived: {derived}")
+    cell.text = f"{len(fields)} of {len(fields)} fields, from {' and '.join(dict.fromkeys([*sources, 'memory']))}"
     return cell
 
 

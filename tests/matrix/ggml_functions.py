@@ -1,8 +1,8 @@
-"""Where fields lie by two witnesses that llmtraced had no part in: ggml's own functions, and debug information.
+"""Where fields lie by a witness that llmtraced had no part in: ggml's own functions.
 
-``python layouts.py LIBGGML_BASE LAYOUT`` compares a layout (JSON, the fields of :class:`llmtraced.ggml_layout.Layout`)
-with what the library's functions make and return, and prints what differs, a line each. It is a process of its own
-since a library of another build cannot be loaded beside one.
+``python ggml_functions.py LIBGGML_BASE LAYOUT`` compares a layout (JSON, the fields of
+:class:`llmtraced.ggml_layout.Layout`) with what the library's functions make and return, and prints what differs, a
+line each. It is a process of its own since a library of another build cannot be loaded beside one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from elftools.dwarf.die import DIE
-from elftools.elf.elffile import ELFFile
-
-__all__ = ["by_debug_information", "unlike_its_functions"]
+__all__ = ["unlike_its_functions"]
 
 _F32: Final = 0
 _SHAPES: Final = ((7, 11), (7, 13))  # ggml_mul_mat of these is 11 by 13
@@ -89,44 +86,6 @@ def _operators(name_of: Callable[[int], bytes]) -> dict[str, int]:
     while not {"MUL_MAT", "MUL_MAT_ID", "RMS_NORM"} <= numbers.keys():
         numbers[name_of(len(numbers)).decode()] = len(numbers)
     return numbers
-
-
-def by_debug_information(binary: Path) -> dict[str, int]:
-    """Return a layout as the DWARF information of a library or program has it, {} where it has none.
-
-    Raises:
-        ValueError: it has some, and no ``ggml_tensor`` or ``ggml_cgraph`` in the unit of ``ggml.c``.
-    """
-    with binary.open("rb") as file:
-        elf = ELFFile(file)
-        if not elf.has_dwarf_info(strict=True):
-            return {}
-        for unit in elf.get_dwarf_info().iter_CUs():
-            top = unit.get_top_DIE()
-            if not _name(top).endswith("/ggml.c"):
-                continue
-            tensor, graph, ops = {}, {}, {}
-            for die in top.iter_children():
-                if die.tag == "DW_TAG_structure_type" and _name(die) == "ggml_tensor":
-                    tensor = _children(die, "DW_AT_data_member_location")
-                elif die.tag == "DW_TAG_structure_type" and _name(die) == "ggml_cgraph":
-                    graph = _children(die, "DW_AT_data_member_location")
-                elif die.tag == "DW_TAG_enumeration_type" and _name(die) == "ggml_op":
-                    ops = _children(die, "DW_AT_const_value")
-            if tensor and graph and ops:
-                fields = {f"tensor_{name}": tensor[name] for name in ("op", "ne", "nb", "src", "data", "name")}
-                fields |= {f"graph_{name}": graph[name] for name in ("n_nodes", "nodes")}
-                return fields | {f"op_{op}": ops[f"GGML_OP_{op.upper()}"] for op in ("mul_mat", "mul_mat_id")}
-    raise ValueError(f"{binary} has debug information, and nothing of ggml's structures in it")
-
-
-def _name(die: DIE) -> str:
-    name = die.attributes.get("DW_AT_name")
-    return name.value.decode() if name else ""
-
-
-def _children(die: DIE, attribute: str) -> dict[str, int]:
-    return {_name(child): child.attributes[attribute].value for child in die.iter_children() if _name(child)}
 
 
 if __name__ == "__main__":
