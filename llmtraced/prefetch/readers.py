@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from queue import SimpleQueue
 
 from llmtraced.prefetch.iouring import MadviseRing
-from llmtraced.prefetch.pages import Pages
+from llmtraced.prefetch.pages import Pages, untouch
 from llmtraced.prefetch.policy import CHUNK
 from llmtraced.prefetch.turn import hurry
 
@@ -110,7 +110,7 @@ class Uring:
         self._files, self._depth = files, depth
         self._ring = MadviseRing(depth)
         self._waiting: deque[tuple[int, int, int]] = deque()
-        self._flying: dict[int, tuple[int, int]] = {}
+        self._flying: dict[int, tuple[object, int, int]] = {}
 
     def submit(self, reads: Iterable[tuple[int, int, int]]) -> None:
         """Ask for chunks: (name of the request, file, number of the chunk)."""
@@ -127,8 +127,9 @@ class Uring:
         requests = []
         while self._waiting and len(self._flying) < self._depth:
             name, file, number = self._waiting.popleft()
-            requests.append((name, *self._files[file].touching(number)))
-            self._flying[name] = file, number
+            touch, address, length, advice = self._files[file].touching(number)
+            requests.append((name, address, length, advice))
+            self._flying[name] = touch, address, length
         if requests:
             self._ring.submit(requests)
 
@@ -136,8 +137,8 @@ class Uring:
         """Return (name, error or "") of the requests that have ended since the last call, and begin others."""
         found = []
         for name, error in self._ring.answers():
-            file, number = self._flying.pop(name)
-            self._files[file].untouch(number)
+            _, address, length = self._flying.pop(name)
+            untouch(address, length)
             found.append((name, os.strerror(error) if error else ""))
         self._fill()
         return found

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -577,6 +577,65 @@ def test_a_chunk_comes_in_as_one_huge_page(file: Path, pages: Pages, server: Ser
         pytest.skip(f"no huge folios on this {kind.strip()} of Linux {os.uname().release} (or memory is in pieces)")
     pages.pin(2)
     assert ours(file, "FilePmdMapped") == CHUNK
+
+
+@pytest.fixture
+def huge(file: Path, pages: Pages) -> Pages:
+    if not pages.comes_huge(1):
+        pytest.skip(f"no huge folios on this file system of Linux {os.uname().release} (or memory is in pieces)")
+    assert drop_cache(file) == 0
+    return pages
+
+
+MANY = 150  # and more than the 100 misses after which newer kernels read a page at a time
+
+
+def test_chunks_come_in_as_huge_pages_however_many_are_read(huge: Pages) -> None:
+    before = kernel_counter("thp_file_mapped")
+    for number in range(MANY):
+        huge.read(number % CHUNKS, "huge")
+        huge.drop(number % CHUNKS)
+    assert kernel_counter("thp_file_mapped") - before == MANY
+
+
+def test_chunks_are_pinned_as_huge_pages_however_many_are(file: Path, huge: Pages) -> None:
+    for number in range(MANY):
+        huge.pin(number % CHUNKS)
+        assert ours(file, "FilePmdMapped") == CHUNK
+        huge.unpin(number % CHUNKS)
+        huge.drop(number % CHUNKS)
+
+
+@pytest.mark.parametrize("kind", [lambda pages: Threads([pages], "huge", 2), lambda pages: Uring([pages], 3)])
+def test_readers_have_huge_pages_read_however_many_are(
+    kind: Callable[[Pages], Threads | Uring], file: Path, huge: Pages
+) -> None:
+    before, turns = kernel_counter("thp_file_mapped"), MANY // CHUNKS
+    reader = kind(huge)
+    for _ in range(turns):
+        reader.submit([(number, 0, number) for number in range(CHUNKS)])
+        ended: list[tuple[int, str]] = []
+        wait_until(lambda ended=ended: ended.extend(reader.collect()) or len(ended) == CHUNKS, 10, "all are read")  # type: ignore[misc]
+        assert sorted(ended) == [(number, "") for number in range(CHUNKS)]
+        assert huge.resident(0, CHUNKS) == CHUNKS * CHUNK
+        assert drop_cache(file) == 0, "mapped by nobody here"
+    assert kernel_counter("thp_file_mapped") - before == CHUNKS * turns
+    reader.close()
+
+
+def test_a_file_that_may_not_be_opened_again_is_not_read_by_huge_pages(
+    huge: Pages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calls.os, "open", refused)
+        another = Pages(huge.fd, huge.pidfd, huge.maps)
+        assert not another.comes_huge(1)
+        another.read(2, "readahead")
+        another.close()
+    assert huge.resident(2) == CHUNK
 
 
 @pytest.mark.parametrize("path", PATHS)
