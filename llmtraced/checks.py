@@ -257,7 +257,7 @@ def _hooks(it: target.Target, tracer: Tracer | None) -> Iterator[Check]:
         yield Check("library", "degraded", it.rivalry, required=False)
     for point in PROCESS_POINTS:
         name, symbol = f"hook {point}", wanted.get(point.symbol)
-        if symbol is None and point.beside in it.symbols:
+        if symbol is None and point.beside in it.symbols and not point.is_needed(it.symbols):
             yield Check(name, "ok", f"{point}: this build has no such function, and nothing is lost", required=False)
             continue
         if symbol is None:
@@ -270,8 +270,9 @@ def _hooks(it: target.Target, tracer: Tracer | None) -> Iterator[Check]:
             problem = _attach_uprobe(*arguments, tracer.programs, point.on_return)
         if problem:
             yield Check(name, "degraded", f"{problem}; lost: {point.lost}", required=False)
-        else:
+        elif symbol is not None:
             detail = f"attached and detached (from --detail {point.detail.name.lower()} on)"
+            detail += f", at {symbol.instead}, for it was inlined" if symbol.instead else ""
             yield Check(name, "ok", f"{point}: {detail}", required=False)
     if tracer is not None:
         yield _matrices(it, tracer)

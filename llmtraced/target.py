@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -74,12 +75,25 @@ class ModelFile:
     mappings: tuple[Mapping, ...]
 
 
+STAND_INS: Final = {"ggml_cpu_extra_compute_forward": "ggml_compute_forward"}
+"""What is hooked where a function has no symbol since it was inlined (static builds with link-time optimisation): one
+that is called for the same operators, and has the same arguments. ggml's own dispatch asks the former first."""
+
+_RENAMED: Final = re.compile(
+    r"\.lto_priv\.\d+$"
+)  # by link-time optimisation, where it keeps a local function as it was
+
+
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """A function: the file that has it (a path we can open) and its offset in that file, bytes."""
+    """A function: the file that has it (a path we can open) and its offset in that file, bytes.
+
+    ``instead``: it stands in for one that this build has inlined (:data:`STAND_INS`), and this is its own name.
+    """
 
     library: str
     offset: int
+    instead: str = ""
 
 
 def start_ticks(pid: int) -> int:
@@ -437,8 +451,15 @@ def _functions(path: str) -> dict[str, int]:
     if key not in _FUNCTIONS:
         if len(_FUNCTIONS) > 256:
             _FUNCTIONS.clear()
-        _FUNCTIONS[key] = elf.functions(path, b"ggml_", b"_ZN4ggml3cpu")
+        _FUNCTIONS[key] = _plain(elf.functions(path, b"ggml_", b"_ZN4ggml3cpu"))
     return _FUNCTIONS[key]
+
+
+def _plain(functions: dict[str, int]) -> dict[str, int]:
+    """Return functions by the names they have in the source; without those of which two have the same."""
+    plain = {name: _RENAMED.sub("", name) for name in functions}
+    times = Counter(plain.values())
+    return {plain[name]: at for name, at in functions.items() if plain[name] == name or times[plain[name]] == 1}
 
 
 def prepare(program: str) -> None:
@@ -470,5 +491,9 @@ def _ggml_symbols(pid: int) -> list[dict[str, Symbol]]:
             log.debug("%s: no symbols: %s", mapping.path, error)
             continue
         if functions:
-            found.append({name: Symbol(path, offset) for name, offset in functions.items()})
+            symbols = {name: Symbol(path, offset) for name, offset in functions.items()}
+            for name, other in STAND_INS.items():
+                if name not in symbols and other in symbols:
+                    symbols[name] = Symbol(path, functions[other], other)
+            found.append(symbols)
     return sorted(found, key=lambda symbols: EVALUATE not in symbols)

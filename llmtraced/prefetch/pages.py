@@ -17,7 +17,7 @@ missing, in small pages. Without MADV_RANDOM two huge pages are read and the sec
 already, only the first comes in, and no mark. So there are two mappings, and a chunk is touched in that one which
 leaves none.
 
-And of when it stops reading ahead: from Linux 6.19 on (mm: readahead: make thp readahead conditional to mmap_miss
+And of when it stops reading ahead: after Linux 6.18 (mm: readahead: make thp readahead conditional to mmap_miss
 logic) a file in which faults missed 100 times more often than they hit is read a page at a time, huge pages or not.
 That is counted for each file that is *opened*, so chunks are touched in mappings of a file that is opened anew every
 now and then (:class:`Touch`). 7.3 without that: 20,480 faults for 40 chunks, 9 s in place of 0.15.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmtraced.schema import Detail
+from llmtraced.target import Symbol
 
 __all__ = ["Kprobe", "Point", "SoftwareEvent", "Tracepoint", "Uprobe", "UprobeSet"]
 
@@ -73,6 +75,11 @@ class Uprobe:
     def required(self) -> bool:
         """Whether tracing is refused without it."""
         return False
+
+    def is_needed(self, symbols: Mapping[str, Symbol]) -> bool:
+        """Whether a build with these symbols may do what it is for: where one was inlined, this may be, too."""
+        other = symbols.get(self.beside)
+        return other is not None and (self.symbol in symbols or bool(other.instead))
 
     def __str__(self) -> str:
         return f"{'uretprobe' if self.on_return else 'uprobe'} {self.symbol}"

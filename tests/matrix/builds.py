@@ -56,6 +56,7 @@ class Build:
         stripped: a copy of another build, of that name, without its symbol tables.
         python: libraries in a Python process, by the package that is imported there.
         blind: llmtraced finds no function of it: no clock, so no tokens, operators and experts.
+        unfused: norms that are computed together with a multiplication are inlined: `full` has neither.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Build:
     stripped: str = ""
     python: str = ""
     blind: bool = False
+    unfused: bool = False
 
     @property
     def described(self) -> bool:
@@ -178,7 +180,7 @@ BUILDS: Final = (
         ("-DGGML_LTO=ON", *(f"-DCMAKE_{c}_FLAGS=-fno-semantic-interposition" for c in ("C", "CXX"))),
         instead="server-11434",
     ),
-    Build("server-11434-static-lto", "11434", ("-DBUILD_SHARED_LIBS=OFF", "-DGGML_LTO=ON")),
+    Build("server-11434-static-lto", "11434", ("-DBUILD_SHARED_LIBS=OFF", "-DGGML_LTO=ON"), unfused=True),
     *(
         Build(
             f"server-11434-{name}",

@@ -14,6 +14,8 @@ import pytest
 from llmtraced import elf, target
 from llmtraced.bench import models
 from llmtraced.cgroup import Cgroup, cgroup_of
+from llmtraced.probes.points import Uprobe
+from llmtraced.schema import Detail
 
 LINE = b"7f0000001000-7f0000003000 r--s 00002000 fe:01 131 "
 
@@ -163,10 +165,26 @@ def test_what_is_no_elf_file_is_refused(tmp_path: Path) -> None:
 
 
 def library(folder: Path, name: str, *functions: str) -> Path:
-    """Compile a library with these functions."""
-    (folder / f"{name}.c").write_text("".join(f"int {function}(void) {{ return 1; }}\n" for function in functions))
+    """Compile a library with functions of these names, which may have dots in them, as optimisers give them."""
+    lines = [
+        f'int f{n}(void) __asm__("{name}"); int f{n}(void) {{ return {n}; }}\n' for n, name in enumerate(functions)
+    ]
+    (folder / f"{name}.c").write_text("".join(lines))
     subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / f"{name}.so", folder / f"{name}.c"], check=True)
     return folder / f"{name}.so"
+
+
+def look(*libraries: Path) -> target.Target:
+    """Look at a process that has loaded these libraries."""
+    code = "import ctypes, sys; held = [ctypes.CDLL(p) for p in sys.argv[1:]]; print('loaded', flush=True); input()"
+    command = [sys.executable, "-c", code, *map(str, libraries)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "loaded\n"
+        found = target.Target(child.pid, 0, "python", command)
+        assert found.symbols
+        child.communicate("\n")
+    return found
 
 
 def test_hooks_are_all_of_one_library(tmp_path: Path) -> None:
@@ -174,17 +192,6 @@ def test_hooks_are_all_of_one_library(tmp_path: Path) -> None:
     base = library(tmp_path, "libggml-base", "ggml_other", "ggml_get_rows")
     first = library(tmp_path, "libggml-cpu-x64", "ggml_graph_compute", "ggml_mul_mat", "ggml_only_here")
     last = library(tmp_path, "libggml-cpu-zen4", "ggml_graph_compute", "ggml_mul_mat")
-    code = "import ctypes, sys; held = [ctypes.CDLL(p) for p in sys.argv[1:]]; print('loaded', flush=True); input()"
-
-    def look(*libraries: Path) -> target.Target:
-        command = [sys.executable, "-c", code, *map(str, libraries)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            assert child.stdout.readline() == "loaded\n"
-            found = target.Target(child.pid, 0, "python", command)
-            assert found.symbols
-            child.communicate("\n")
-        return found
 
     alone = look(base, first)
     where = {name: symbol.library for name, symbol in alone.symbols.items() if name.startswith("ggml_")}
@@ -199,6 +206,34 @@ def test_hooks_are_all_of_one_library(tmp_path: Path) -> None:
     )
     assert both.rivals == [str(first)]
     assert "libggml-cpu-x64.so" in both.rivalry
+
+
+EXTRA, DISPATCH, FUSED = (f"ggml_{name}" for name in ("cpu_extra_compute_forward", "compute_forward", "fused"))
+
+
+def test_a_function_that_was_inlined_has_a_stand_in(tmp_path: Path) -> None:
+    name = "libggml-cpu"
+    inlined = look(library(tmp_path, name, "ggml_graph_compute", f"{DISPATCH}.lto_priv.0")).symbols
+    assert inlined[EXTRA].instead == DISPATCH
+    assert inlined[EXTRA].offset == inlined[DISPATCH].offset
+    plain = look(library(tmp_path, name, "ggml_graph_compute", DISPATCH, f"{EXTRA}.lto_priv.3")).symbols
+    assert plain[EXTRA].instead == ""
+    assert plain[EXTRA].offset != plain[DISPATCH].offset
+
+
+@pytest.mark.parametrize("names", [(f"{DISPATCH}.lto_priv.0", f"{DISPATCH}.lto_priv.1"), (f"{DISPATCH}.isra.0",), ()])
+def test_what_may_be_another_function_is_no_stand_in(tmp_path: Path, names: tuple[str, ...]) -> None:
+    symbols = look(library(tmp_path, "libggml-cpu", "ggml_graph_compute", *names)).symbols
+    assert symbols.keys().isdisjoint({EXTRA, DISPATCH})
+
+
+def test_what_a_build_lacks_is_missed_only_where_it_may_have_been_inlined() -> None:
+    point = Uprobe("program", FUSED, "lost", Detail.FULL, beside=EXTRA)
+    there, inlined = target.Symbol("library", 1), target.Symbol("library", 1, DISPATCH)
+    assert point.is_needed({EXTRA: there, FUSED: there})
+    assert point.is_needed({EXTRA: inlined})
+    assert not point.is_needed({EXTRA: there})
+    assert not point.is_needed({FUSED: there})
 
 
 # --- arguments
