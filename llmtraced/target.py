@@ -7,6 +7,7 @@ containers and deleted files are no special case.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -215,7 +216,8 @@ class Target:
         models: by label (the first shard's file name, made unique).
         files: every shard of those models; one that is not mapped was read (``--load-mode none``) or is not yet mapped.
         problems: what could not be understood, for the user.
-        load_mode: what llama.cpp was told, see :mod:`llmtraced.loading`.
+        load_mode: what llama.cpp was told, see :mod:`llmtraced.loading`; ``none`` instead of ``dio`` where the file
+            systems of all models have no direct I/O, for it reads as without then.
     """
 
     pid: int
@@ -349,6 +351,7 @@ def from_arguments(pid: int, command: Sequence[str]) -> Target | None:
     mode = load_mode(command, _settings(pid))
     target = Target(pid, start_ticks(pid), os.path.basename(command[0])[:15], list(command), load_mode=mode)
     _take_models(target, gguf_arguments(command, cwd=os.getcwd()), [])
+    _settle_mode(target)
     return target if target.models else None
 
 
@@ -403,6 +406,7 @@ def _look(pid: int) -> Target | None:
     comm = Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
     target = Target(pid, start_ticks(pid), comm, command, load_mode=load_mode(command, settings))
     _take_models(target, paths, mapped)
+    _settle_mode(target)
     return target if target.models else None
 
 
@@ -432,6 +436,20 @@ def _take_models(target: Target, paths: Sequence[str], mapped: Sequence[Mapping]
             mine = tuple(m for m in mapped if m.inode == inode and _same_file(target.pid, m, shard.path))
             # btrfs and overlayfs print another device in maps and tracepoints than stat gives: believe the mapping.
             target.files.append(ModelFile(label, number, mine[0].device if mine else device, inode, mine))
+
+
+def _settle_mode(target: Target) -> None:
+    shards = [shard.path for model in target.models.values() for shard in model.shards]
+    if target.load_mode == "dio" and not any(map(_can_be_direct, shards)):
+        target.load_mode = "none"
+
+
+def _can_be_direct(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno != errno.EINVAL  # open(2): the file system does not support it
+    return True
 
 
 def _same_file(pid: int, mapping: Mapping, path: Path) -> bool:

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ import polars as pl
 import pytest
 from helpers import EMULATED, wait_until
 from made_files import LAZY, write_lazy, write_lora, write_projector
-from running import Sidecar, asking, read_bytes
+from running import Sidecar, asking, mounted, read_bytes
 
 from llmtraced import checks
 from llmtraced.analysis.advise import advise
@@ -422,6 +423,20 @@ def test_the_same_experts_are_chosen_however_the_model_was_loaded(
     assert mapped.height == read.height > 0
     for column in ("layer", "position", "experts"):
         assert mapped[column].to_list() == read[column].to_list()
+
+
+def test_where_there_is_no_direct_io_its_mode_is_that_of_plain_reading(
+    folder: Path, tmp_path: Path, llama_server: Path, tracer: Tracer
+) -> None:
+    mode = MODES["dio"]
+    with mounted("ramfs", "ramfs", tmp_path / "plain", "size=1") as plain:
+        shutil.copy(folder / mode.model, plain)
+        run = record(mode, plain, tmp_path / "trace", llama_server, tracer)
+        size = sum(t.size for t in read_model(plain / mode.model).tensors)
+    assert [problem.startswith(f"{mode.model} {READ}") for problem in run.problems] == [True], run.problems
+    assert any(detail.startswith(f"{mode.model} {READ}") for detail in run.checked), run.checked
+    assert 0.97 <= run.bytes("reads", mode.model) / size <= 1.1
+    assert summary(open_trace(run.trace))["load_mode"] == "none"
 
 
 # --- the sidecar beside such servers --------------------------------------------------------------------------------
