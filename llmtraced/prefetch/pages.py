@@ -47,7 +47,7 @@ _PROT_READ, _MAP_SHARED = 1, 1
 _MADV_RANDOM, _MADV_WILLNEED, _MADV_DONTNEED = 1, 3, 4
 _MADV_HUGEPAGE, _MADV_PAGEOUT, _MADV_POPULATE_READ = 14, 21, 22
 _NR_CACHESTAT, _NR_PROCESS_MADVISE = 451, 440
-_TOUCHES = 16  # of 100 misses; a chunk of which parts are there may have many
+_TOUCHES = 32  # of 100 misses; a chunk of which parts are there may have many
 _PIECE = 512 << 10  # one readahead call reads no more than the device's largest request
 
 _libc = ctypes.CDLL(None, use_errno=True)
