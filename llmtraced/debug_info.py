@@ -64,7 +64,7 @@ def described(library: str) -> tuple[Layout, str] | None:
 
 def _of_file(path: str) -> tuple[Layout, str] | None:
     with Path(path).open("rb") as stream:
-        file = ELFFile(stream)
+        file = elf.opened(stream)
         sections = [s for s in file.iter_sections() if s.name.startswith(".debug_") or s.name == ".BTF"]
         if sum(s.data_size for s in sections) > _MOST_BYTES:
             log.info("debug information of %s is larger than %d MB: not read", path, _MOST_BYTES >> 20)

@@ -10,12 +10,13 @@ import numpy as np
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
-__all__ = ["build_id", "functions"]
+__all__ = ["build_id", "functions", "opened"]
 
 _SYMBOL = np.dtype(
     [("name", "<u4"), ("info", "u1"), ("other", "u1"), ("section", "<u2"), ("value", "<u8"), ("size", "<u8")]
 )
 _STT_FUNC = 2
+_MOST = 4096  # sections, or segments: a file may say that it has 2^64
 
 
 def functions(path: str, *prefixes: bytes) -> dict[str, int]:
@@ -26,7 +27,7 @@ def functions(path: str, *prefixes: bytes) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     with open(path, "rb") as stream:  # noqa: PTH123  a path in /proc
-        elf = _open(stream)
+        elf = opened(stream)
         segments = [(s["p_vaddr"], s["p_filesz"], s["p_offset"]) for s in elf.iter_segments("PT_LOAD")]
         for name, value in _symbols(elf, prefixes):
             for address, size, offset in segments:
@@ -39,7 +40,7 @@ def build_id(path: str) -> str:
     """Return an ELF file's build id, hexadecimal digits; empty: it has none, or cannot be read."""
     try:
         with open(path, "rb") as stream:  # noqa: PTH123  a path in /proc
-            for segment in ELFFile(stream).iter_segments("PT_NOTE"):
+            for segment in opened(stream).iter_segments("PT_NOTE"):
                 for note in segment.iter_notes():
                     if note["n_type"] == "NT_GNU_BUILD_ID" and re.fullmatch("[0-9a-f]{8,}", note["n_desc"]):
                         return str(note["n_desc"])
@@ -48,10 +49,17 @@ def build_id(path: str) -> str:
     return ""
 
 
-def _open(stream: BinaryIO) -> ELFFile:
+def opened(stream: BinaryIO) -> ELFFile:
+    """Return a file that is open as one of those that we read.
+
+    Raises:
+        ELFError, ValueError: it is none.
+    """
     elf = ELFFile(stream)
     if elf.elfclass != 64 or not elf.little_endian:
         raise ELFError("not a 64-bit little-endian file")
+    if max(elf.num_sections(), elf.num_segments()) > _MOST:
+        raise ELFError("more sections or segments than any library has")
     return elf
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from elftools.common.exceptions import ELFError
 from fake_ggml import MUL_MAT, MUL_MAT_ID, PLACES, SHAPES, Memory, Offsets, head, known, moe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtraced import debug_info, layouts
 from llmtraced.debug_info import described
-from llmtraced.elf import build_id
+from llmtraced.elf import build_id, functions
 from llmtraced.errors import LlmtracedError
 from llmtraced.ggml_layout import Layout, derive, verify
 
@@ -122,6 +124,23 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
     source.write_text(SOURCE % {"mul_mat": 1, "mul_mat_id": 2, "before_ne": "", "function": "f"})
     subprocess.run(["gcc", "-g", "-shared", "-Wl,--build-id", "-o", str(folder / "whole"), str(source)], check=True)
     return (folder / "whole").read_bytes(), folder / "damaged"
+
+
+@pytest.mark.parametrize(("count", "section", "at", "field"), [(0x3C, 0, 0x20, "<Q"), (0x38, 0xFFFF, 0x2C, "<I")])
+def test_a_file_that_claims_to_have_no_end_is_not_read(
+    library: Library, count: int, section: int, at: int, field: str
+) -> None:
+    """Of sections, and of segments: where the header's count is a mark, section 0 has the number (elf(5))."""
+    path = Path(library("-g"))
+    data = bytearray(path.read_bytes())
+    (table,) = struct.unpack_from("<Q", data, 0x28)
+    struct.pack_into("<H", data, count, section)
+    struct.pack_into(field, data, table + at, (1 << 32) - 1)
+    path.write_bytes(data)
+    with pytest.raises(ELFError, match="more sections or segments"):
+        functions(str(path), b"ggml_")
+    assert build_id(str(path)) == ""
+    assert described(str(path)) is None
 
 
 def test_a_build_id_is_read_and_is_that_of_the_linker(library: Library, tmp_path: Path) -> None:
