@@ -48,7 +48,7 @@ def find(read: Reader, graph: int, weights: Weights, library: str) -> tuple[Layo
     for layout, source in [(before, KEPT)] if before else [told] if told else []:
         try:
             verify(read, graph, layout, weights)
-        except LlmtracedError as error:
+        except (LlmtracedError, OSError) as error:  # a wrong one leads anywhere
             log.info("the layout from %s is not that of this process: %s", source, error)
             continue
         if not before:

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -192,14 +192,16 @@ def _faults_of(pid: int) -> int:
 
 def layout(build: Build, files: Models, folder: Path) -> Cell:
     """Where fields lie, by each way there is to know it, against what ggml's own functions do."""
-    cell, sources, derived = Cell(), [], None
+    cell, sources, derived, found = Cell(), [], None, None
     with running(build, files.mixture) as engine:
         symbol = find_target(engine.pid).symbols.get(EVALUATE)
         path = layouts.kept_path(symbol.library) if symbol else None
         if path:
             path.unlink(missing_ok=True)
-        for again in ("", "again"):
-            with Recording(folder / f"layout{again}", engine, Detail.OPS) as recording:
+        for occasion in ("first", "again", "spoilt"):
+            if occasion == "spoilt" and path and found:
+                path.write_text(json.dumps(asdict(replace(found, graph_nodes=0))))
+            with Recording(folder / occasion, engine, Detail.OPS) as recording:
                 recording.learn()
                 session = recording.session
                 found, problems = session.layout, list(session.problems)
@@ -222,7 +224,7 @@ def layout(build: Build, files: Models, folder: Path) -> Cell:
     fields = asdict(found)
     cell.wrong += unlike_its_functions(base[0], fields)
     first = "DWARF" if build.described else "memory"
-    cell.check(sources == [first, "kept" if path else first], f"from {sources}, build id {bool(path)}")
+    cell.check(sources == [first, "kept" if path else first, first], f"from {sources}, build id {bool(path)}")
     cell.check(derived == found, f"from {sources[0]}: {found}; derived: {derived}")
     cell.text = f"{len(fields)} of {len(fields)} fields, from {' and '.join(dict.fromkeys([*sources, 'memory']))}"
     return cell

@@ -189,6 +189,20 @@ def test_a_kept_layout_that_is_not_the_processs_is_found_anew(library: Library) 
     assert _find(Memory(other), path) == (other.layout(), "kept")
 
 
+def test_a_kept_layout_that_leads_where_nothing_is_is_found_anew(library: Library) -> None:
+    path, memory = library(), Memory()
+    graph = moe(memory)
+    _find(memory, path, graph)
+    kept = layouts.kept_path(path)
+    assert kept
+    wrong = replace(NOW.layout(), graph_nodes=0)  # numbers, where a pointer should be
+    with pytest.raises(OSError, match="bad address"):
+        verify(memory.read, graph, wrong, known())
+    kept.write_text(json.dumps(asdict(wrong)))
+    assert _find(memory, path, graph) == (NOW.layout(), "memory")
+    assert layouts.kept_layout(path) == NOW.layout()
+
+
 def test_a_description_that_memory_contradicts_is_refused_and_says_where(library: Library, cache: Path) -> None:
     path = library("-g", before_ne="void *more;")
     with pytest.raises(
