@@ -44,22 +44,27 @@ def find(read: Reader, graph: int, weights: Weights, library: str) -> tuple[Layo
         OSError: the memory is gone.
     """
     before = kept_layout(library)
-    told = None if before else described(library)
-    for layout, source in [(before, KEPT)] if before else [told] if told else []:
-        try:
-            verify(read, graph, layout, weights)
-        except (LlmtracedError, OSError) as error:  # a wrong one leads anywhere
-            log.info("the layout from %s is not that of this process: %s", source, error)
-            continue
-        if not before:
-            _keep(library, layout)
-        return layout, source
+    if before and _fits(read, graph, before, weights, KEPT):
+        return before, KEPT
+    told = described(library)
+    if told and _fits(read, graph, told[0], weights, told[1]):
+        _keep(library, told[0])
+        return told
     layout = derive(read, graph, weights)
     if told and (unlike := ", ".join(_unlike(told[0], layout))):
         what = f"its {told[1]} and its memory contradict each other ({unlike})"
         raise LlmtracedError(f"cannot read this build's compute graph: {what}", UNSUPPORTED)
     _keep(library, layout)
     return layout, MEMORY
+
+
+def _fits(read: Reader, graph: int, layout: Layout, weights: Weights, source: str) -> bool:
+    try:
+        verify(read, graph, layout, weights)
+    except (LlmtracedError, OSError) as error:  # a wrong one leads anywhere
+        log.info("the layout from %s is not that of this process: %s", source, error)
+        return False
+    return True
 
 
 def foreseen(library: str) -> str:

@@ -174,6 +174,15 @@ def test_what_is_described_is_taken_and_kept(library: Library) -> None:
     assert _find(Memory(), path) == (NOW.layout(), "kept")
 
 
+def test_what_is_described_is_taken_where_what_was_kept_does_not_fit(library: Library) -> None:
+    path = library("-g")
+    _find(Memory(), path)
+    kept = layouts.kept_path(path)
+    assert kept
+    kept.write_text(json.dumps(asdict(replace(NOW.layout(), tensor_src=160))))
+    assert _find(Memory(), path) == (NOW.layout(), "DWARF")
+
+
 def test_a_build_without_an_id_is_derived_each_time(library: Library, cache: Path) -> None:
     path = library("-Wl,--build-id=none")
     for _ in range(2):
