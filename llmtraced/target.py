@@ -80,9 +80,8 @@ STAND_INS: Final = {"ggml_cpu_extra_compute_forward": "ggml_compute_forward"}
 """What is hooked where a function has no symbol since it was inlined (static builds with link-time optimisation): one
 that is called for the same operators, and has the same arguments. ggml's own dispatch asks the former first."""
 
-_RENAMED: Final = re.compile(
-    r"\.lto_priv\.\d+$"
-)  # by link-time optimisation, where it keeps a local function as it was
+# Renamed by link-time optimisation, and otherwise as it was: a local function.
+_RENAMED: Final = re.compile(r"\.lto_priv\.\d+$")
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,7 +164,7 @@ class Calls:
 
     def opened(self) -> int:
         """Return a new descriptor, which has a readahead state of its own."""
-        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY)
+        return self._pages.reopened()
 
     def ahead(self, first: int, pages: int) -> None:
         """Have pages read by the page (readahead(2))."""

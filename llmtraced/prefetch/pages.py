@@ -243,7 +243,7 @@ class Pages:
     def comes_huge(self, chunk: int) -> bool:
         """Read a chunk by touching it, and tell whether it is one huge page in our page table (FilePmdMapped, 5.4)."""
         try:
-            os.close(self._reopened())
+            os.close(self.reopened())
         except OSError:
             return False  # soon they would come by the page
         _touch, address, length, advice = self.touching(chunk)
@@ -269,7 +269,10 @@ class Pages:
         """
         touch: Touch | None = getattr(self._own, "touch", None)
         if touch is None or touch.spent:
-            fd = self._reopened(or_same=True)
+            try:
+                fd = self.reopened()
+            except OSError:
+                fd = os.dup(self.fd)
             try:
                 touch = self._own.touch = Touch(fd, self.size)
             finally:
@@ -277,18 +280,13 @@ class Pages:
         at = touch.address(chunk * CHUNK, followed=self._is_followed(chunk))
         return touch, at, self.length(chunk), _MADV_POPULATE_READ
 
-    def _reopened(self, *, or_same: bool = False) -> int:
-        """Open the file again, whatever its path has become.
+    def reopened(self) -> int:
+        """Return a new descriptor of the file, which has a readahead state of its own, whatever its path has become.
 
         Raises:
-            OSError: who opened it for us could, and we may not; ``or_same``: then it is what is open.
+            OSError: who opened it for us could, and we may not.
         """
-        try:
-            return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            if not or_same:
-                raise
-            return os.dup(self.fd)
+        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY)
 
     def _is_followed(self, chunk: int) -> bool:
         """Tell whether nothing of the next chunk is missing: it is there, is being read, or the file ends before it."""

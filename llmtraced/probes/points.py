@@ -78,6 +78,8 @@ class Uprobe:
 
     def is_needed(self, symbols: Mapping[str, Symbol]) -> bool:
         """Whether a build with these symbols may do what it is for: where one was inlined, this may be, too."""
+        if not self.beside:
+            return True
         other = symbols.get(self.beside)
         return other is not None and (self.symbol in symbols or bool(other.instead))
 

@@ -262,7 +262,7 @@ class Tracer:
         for name in old:
             del self._uprobes[slot][name]
         wanted = [p for p in PROCESS_POINTS if p.detail <= max(detail, Detail.FAULTS)]
-        wanted = [p for p in wanted if not p.beside or p.is_needed(symbols)]
+        wanted = [p for p in wanted if p.is_needed(symbols)]
         matrices = None
         if detail == MATRICES.detail and not experts:
             matrices = self._attach_matrices(slot, symbols)

@@ -166,10 +166,8 @@ def test_what_is_no_elf_file_is_refused(tmp_path: Path) -> None:
 
 def library(folder: Path, name: str, *functions: str) -> Path:
     """Compile a library with functions of these names, which may have dots in them, as optimisers give them."""
-    lines = [
-        f'int f{n}(void) __asm__("{name}"); int f{n}(void) {{ return {n}; }}\n' for n, name in enumerate(functions)
-    ]
-    (folder / f"{name}.c").write_text("".join(lines))
+    code = [f'int f{n}(void) __asm__("{one}"); int f{n}(void) {{ return {n}; }}\n' for n, one in enumerate(functions)]
+    (folder / f"{name}.c").write_text("".join(code))
     subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / f"{name}.so", folder / f"{name}.c"], check=True)
     return folder / f"{name}.so"
 
